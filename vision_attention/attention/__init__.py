@@ -1,0 +1,1 @@
+"""One Linen module per attention family, called `attn(dim=..., num_heads=...)(x, train=...)`."""

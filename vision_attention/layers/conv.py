@@ -1,0 +1,58 @@
+"""Convolution layers over `ops.convolution`, which picks the form that the backend runs fast."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vision_attention.ops import convolution
+
+
+class Conv(nn.Module):
+  """2-D convolution, channels last, kernel stored `[h, w, in / groups, out]`.
+
+  Attributes:
+    dim: output channels.
+    kernel_size: height and width, or one number for both.
+    stride: step along height and width.
+    groups: number of channel groups; `groups == dim` is depthwise.
+    padding: `same` (TensorFlow: the odd pixel goes bottom and right), `symmetric` (PyTorch's
+      `(k - 1) // 2` on either side) or `valid`.
+    use_bias: whether a bias of `[dim]` is added.
+  """
+
+  dim: int
+  kernel_size: int | Sequence[int] = 3
+  stride: int = 1
+  groups: int = 1
+  padding: str = 'same'
+  use_bias: bool = False
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b p q d']:
+    size = self.kernel_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if x.shape[-1] % self.groups or self.dim % self.groups:
+      raise ValueError(
+        f'{self.groups} groups divide neither or only one of {x.shape[-1]} input and {self.dim} '
+        'output channels: pass a common divisor'
+      )
+    shape = (height, width, x.shape[-1] // self.groups, self.dim)
+    kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
+    kernel = self.transform(kernel).astype(self.dtype)
+    y = convolution.conv(
+      x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding, groups=self.groups
+    )
+    if self.use_bias:
+      bias = self.param('bias', self.bias_init, (self.dim,), self.param_dtype)
+      y = y + bias.astype(self.dtype)
+    return y
+
+  def transform(self, kernel: Float[Array, 'h w i o']) -> Float[Array, 'h w i o']:
+    """Returns the kernel that is applied; a reparametrised convolution overrides this."""
+    return kernel

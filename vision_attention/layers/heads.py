@@ -1,0 +1,67 @@
+"""Heads: from a backbone's features to logits."""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+ModuleDef = Callable[..., nn.Module]
+
+
+class LinearHead(nn.Module):
+  """`pool -> norm -> Dense + tanh -> dropout -> Dense`, of which all but the last are optional.
+
+  Attributes:
+    num_classes: outputs; 0 leaves the last layer out and gives what it would have seen.
+    feature: name of the feature that is pooled.
+    pool: `gap` (mean over all positions), `none` (the feature is `[b, c]` already).
+    norm: a normalisation after pooling, or None.
+    hidden_dim: width of the `Dense + tanh` before the classifier, or 0 for none.
+    dropout: rate before the classifier.
+  """
+
+  num_classes: int
+  feature: str
+  pool: str = 'gap'
+  norm: ModuleDef | None = None
+  hidden_dim: int = 0
+  dropout: float = 0.0
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  hidden_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, features: Mapping[str, Float[Array, 'b ...']], *, train: bool
+  ) -> Float[Array, 'b k']:
+    x = features[self.feature]
+    if self.pool == 'gap':
+      x = x.astype(jnp.float32).mean(tuple(range(1, x.ndim - 1))).astype(self.dtype)
+    elif self.pool != 'none':
+      raise ValueError(f'pool {self.pool!r} is unknown: allowed are gap and none')
+    if self.norm is not None:
+      x = self.norm(name='norm')(x, train=train)
+    if self.hidden_dim:
+      hidden = nn.Dense(
+        self.hidden_dim,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+        kernel_init=self.hidden_init,
+        name='pre_logits',
+      )
+      x = jnp.tanh(hidden(x))
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    if not self.num_classes:
+      return x.astype(jnp.float32)
+    logits = nn.Dense(
+      self.num_classes,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      kernel_init=self.kernel_init,
+      bias_init=self.bias_init,
+      name='classifier',
+    )(x)
+    return logits.astype(jnp.float32)

@@ -1,0 +1,41 @@
+"""The two-layer perceptron of transformer blocks."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vision_attention.ops import activation
+
+
+class Mlp(nn.Module):
+  """`Dense(hidden_dim) -> activation -> Dense(input width)` with biases, on the last axis.
+
+  Attributes:
+    hidden_dim: width between the layers.
+    activation: a name of `ops.activation`.
+    dropout: rate after the activation and after the second layer.
+  """
+
+  hidden_dim: int
+  activation: str
+  dropout: float = 0.0
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*b c'], *, train: bool) -> Float[Array, '*b c']:
+    def dense(dim: int, name: str) -> nn.Dense:
+      return nn.Dense(
+        dim,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+        kernel_init=self.kernel_init,
+        bias_init=self.bias_init,
+        name=name,
+      )
+
+    drop = nn.Dropout(self.dropout, deterministic=not train)
+    y = activation.by_name(self.activation)(dense(self.hidden_dim, 'expand')(x))
+    return drop(dense(x.shape[-1], 'project')(drop(y)))

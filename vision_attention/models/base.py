@@ -1,0 +1,100 @@
+"""What every model file is made of: a table of variants and a classifier of backbone and head."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+ModuleDef = Callable[..., nn.Module]
+# Collection whose only key names the code that the other variables were trained with.
+CONVENTION = 'convention'
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One row of a paper's model table.
+
+  Attributes:
+    options: arguments of the model file's `build`.
+    image_size: resolution of the published numbers, in pixels.
+    num_classes: classes of the published numbers.
+    params: exact number of parameters at that resolution and number of classes.
+    flops: multiply-adds of one image.
+    top1: published ImageNet-1k top-1 accuracy in percent, or None.
+    source: where the published numbers stand.
+  """
+
+  options: Mapping[str, Any]
+  image_size: int = 224
+  num_classes: int = 1000
+  params: int | None = None
+  flops: float | None = None
+  top1: float | None = None
+  source: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+  """What is published about a model, beside the options it was made with."""
+
+  name: str
+  image_size: tuple[int, int]
+  num_classes: int
+  options: Mapping[str, Any]
+  params: int | None
+  flops: float | None
+  top1: float | None
+  source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """A backbone and the head that reads its features, both still without a name."""
+
+  backbone: ModuleDef
+  head: ModuleDef
+
+
+class Classifier(nn.Module):
+  """`head(backbone(images))`, with variables `{'params': {'backbone': ..., 'head': ...}, ...}`.
+
+  The reimplementations of one paper differ in details that carry no parameters: the form of GELU,
+  an epsilon, a padding. Variables from `load_reference` name their origin in the collection
+  `convention`, and the classifier computes what that code computes.
+
+  Attributes:
+    parts: what is built for variables without a `convention`.
+    source: whose convention `parts` follows, when one was asked for; other variables are refused.
+    conventions: by source, what is built for variables that name it.
+  """
+
+  parts: Parts
+  source: str | None = None
+  conventions: Mapping[str, Parts] = nn.FrozenDict()
+
+  def setup(self):
+    parts = self.parts
+    for source, other in self.conventions.items():
+      if self.has_variable(CONVENTION, source):
+        if self.source not in (None, source):
+          raise ValueError(
+            f'the variables come from {source!r} but the model was created with '
+            f'source={self.source!r}: create it with source={source!r}, or without source'
+          )
+        parts = other
+    self.backbone = parts.backbone()
+    self.head = parts.head()
+
+  def __call__(
+    self, images: Float[Array, 'b h w c'], *, train: bool = False
+  ) -> Float[Array, 'b k']:
+    """Returns float32 logits `[batch, num_classes]` of `[batch, height, width, channels]`."""
+    return self.head(self.backbone(images, train=train), train=train)
+
+  def features(
+    self, images: Float[Array, 'b h w c'], *, train: bool = False
+  ) -> dict[str, Float[Array, 'b ...']]:
+    """Returns the backbone's features by name: `stage1` ... and what the head reads."""
+    return self.backbone(images, train=train)

@@ -1,0 +1,123 @@
+"""Models by name. A model file in this folder that has `VARIANTS` is registered by being there."""
+
+import fnmatch
+import functools
+import importlib
+import inspect
+import pkgutil
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from vision_attention import errors
+from vision_attention import models as package
+from vision_attention.models import base
+
+_COMMON = ('num_classes', 'image_size', 'dtype', 'param_dtype')
+
+
+@functools.cache
+def modules() -> Mapping[str, types.ModuleType]:
+  """Returns the model file of every registered name; a name in two files raises ValueError."""
+  found = {}
+  for entry in pkgutil.iter_modules(package.__path__):
+    module = importlib.import_module(f'{package.__name__}.{entry.name}')
+    for name in getattr(module, 'VARIANTS', {}):
+      if name in found:
+        raise ValueError(f'{name!r} is a variant of {found[name].__name__} and {module.__name__}')
+      found[name] = module
+  return types.MappingProxyType(found)
+
+
+def list_models(pattern: str = '*') -> list[str]:
+  """Returns the names that match a shell pattern, such as `coatnet_*`, in order."""
+  return sorted(fnmatch.filter(modules(), pattern))
+
+
+def module_of(name: str) -> types.ModuleType:
+  """Returns the model file of `name`; ValueError names the nearest registered one."""
+  if name not in modules():
+    raise ValueError(f'model {name!r} is unknown: {errors.nearest(name, modules())}')
+  return modules()[name]
+
+
+def variant_of(name: str) -> base.Variant:
+  """Returns the table row of `name`."""
+  return module_of(name).VARIANTS[name]
+
+
+def references_of(name: str) -> dict[str, Any]:
+  """Returns, by source, the `models.reference.Reference`s whose weights fit `name`."""
+  every = getattr(module_of(name), 'REFERENCES', {})
+  return {source: reference for source, reference in every.items() if reference.fits(name)}
+
+
+def create_model(
+  name: str,
+  *,
+  num_classes: int | None = None,
+  image_size: int | tuple[int, int] | None = None,
+  dtype: jnp.dtype = jnp.float32,
+  param_dtype: jnp.dtype = jnp.float32,
+  source: str | None = None,
+  **options: Any,
+) -> tuple[base.Classifier, base.ModelInfo]:
+  """Creates the model called `name`.
+
+  Args:
+    name: a name of `list_models`.
+    num_classes: outputs of the head; the published number unless given. 0 leaves the last layer
+      out.
+    image_size: resolution in pixels, one number or (height, width); the published one unless given.
+    dtype: type of activations and matrix products.
+    param_dtype: type of parameters.
+    source: follow the conventions of this reference implementation (`timm`, `official`, ...)
+      in what carries no parameters. Needed only to train in its manner: variables from
+      `load_reference` say themselves where they come from.
+    **options: override the variant's options and are handed to the model file's `build`.
+
+  Returns:
+    The model and what is published about it.
+
+  Raises:
+    ValueError: for an unknown name, option or source, or a value that the model cannot take.
+  """
+  module, variant = module_of(name), variant_of(name)
+  allowed = [key for key in inspect.signature(module.build).parameters if key not in _COMMON]
+  for key in options:
+    errors.check_choice(f'option of {name}', key, allowed)
+  references = references_of(name)
+  if source is not None:
+    errors.check_choice(f'source of {name}', source, references)
+  num_classes = variant.num_classes if num_classes is None else num_classes
+  image_size = variant.image_size if image_size is None else image_size
+  size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+  if len(size) != 2 or min(size) < 1 or num_classes < 0:
+    raise ValueError(
+      f'image_size {image_size} must be one or two positive numbers and num_classes {num_classes} '
+      'must not be negative'
+    )
+
+  def build(convention: Mapping[str, Any]) -> base.Parts:
+    chosen = {**variant.options, **convention, **options}
+    return module.build(
+      num_classes=num_classes, image_size=size, dtype=dtype, param_dtype=param_dtype, **chosen
+    )
+
+  conventions = {
+    key: build(reference.options_of(variant.options)) for key, reference in references.items()
+  }
+  parts = build({}) if source is None else conventions[source]
+  model = base.Classifier(parts=parts, source=source, conventions=conventions)
+  return model, base.ModelInfo(
+    name=name,
+    image_size=size,
+    num_classes=num_classes,
+    options={**variant.options, **options},
+    params=variant.params,
+    flops=variant.flops,
+    top1=variant.top1,
+    source=variant.source,
+  )

@@ -1,0 +1,88 @@
+"""Variables trained at one resolution and number of classes, taken over to another."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vision_attention.models import registry, tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Paths by what became of them, to be shown to the user."""
+
+  loaded: tuple[str, ...]
+  resized: tuple[str, ...]
+  reinitialised: tuple[str, ...]
+  dropped: tuple[str, ...]
+
+  def __str__(self) -> str:
+    parts = [f'{len(self.loaded)} loaded']
+    for what in ('resized', 'reinitialised', 'dropped'):
+      paths = getattr(self, what)
+      if paths:
+        parts.append(f'{len(paths)} {what} ({", ".join(paths)})')
+    return '; '.join(parts)
+
+
+def transfer(
+  name: str,
+  loaded: Mapping[str, Any],
+  init: Mapping[str, Any],
+  reinit: Sequence[str] = ('head',),
+) -> tuple[dict[str, Any], Report]:
+  """Fits loaded variables to a model's freshly initialised ones.
+
+  An array of the same shape is taken over; a table that depends on the resolution is resized by
+  the model file's `RESIZE`; a submodule in `reinit` in which any shape differs keeps its fresh
+  values throughout.
+
+  Args:
+    name: registered name of the model.
+    loaded: variables to take from.
+    init: variables of the new model.
+    reinit: top-level submodules (`head`) that may differ.
+
+  Raises:
+    ValueError: listing every array that is missing, left over or of a wrong shape elsewhere.
+  """
+  resizers = getattr(registry.module_of(name), 'RESIZE', {})
+  source, target = tree.flatten(loaded), tree.flatten(init)
+  # A model remembers whose convention its weights follow.
+  source = {path: value for path, value in source.items() if not path.startswith('convention/')}
+  fresh = set()
+  for module in reinit:
+    mine = {path for path in target if path.split('/')[1] == module}
+    theirs = {path for path in source if path.split('/')[1] == module}
+    if mine != theirs or any(np.shape(source[path]) != np.shape(target[path]) for path in mine):
+      fresh |= mine | theirs
+  values, resized, problems = {}, [], []
+  for path, value in target.items():
+    if path in fresh:
+      values[path] = value
+    elif path not in source:
+      problems.append(f'{path} {np.shape(value)} is missing')
+    elif np.shape(source[path]) == np.shape(value):
+      values[path] = source[path]
+    else:
+      resize = next((fn for pattern, fn in resizers.items() if re.fullmatch(pattern, path)), None)
+      if resize is None:
+        problems.append(f'{path} has shape {np.shape(source[path])}, needed {np.shape(value)}')
+      else:
+        values[path] = resize(np.asarray(source[path]), tuple(np.shape(value)))
+        resized.append(path)
+  problems += [
+    f'{path} is left over' for path in source if path not in target and path not in fresh
+  ]
+  if problems:
+    raise ValueError(f'variables do not fit {name}:\n  ' + '\n  '.join(sorted(problems)))
+  report = Report(
+    loaded=tuple(sorted(set(values) - fresh - set(resized))),
+    resized=tuple(sorted(resized)),
+    reinitialised=tuple(sorted(path for path in fresh if path in target)),
+    dropped=tuple(sorted(path for path in fresh if path not in target)),
+  )
+  return tree.unflatten(values), report
