@@ -10,14 +10,14 @@ os.environ.setdefault(
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 
-import jaxtyping
+import jaxtyping  # noqa: E402
 
 jaxtyping.install_import_hook(
   ['vision_attention.ops', 'vision_attention.layers', 'vision_attention.attention'],
   'beartype.beartype',
 )
 
-from hypothesis import settings
+from hypothesis import settings  # noqa: E402
 
 # Compilation makes single examples slow; the seed is fixed so that a failure repeats.
 settings.register_profile('project', deadline=None, max_examples=20, derandomize=True)

@@ -1,0 +1,107 @@
+"""House rules that a machine can check: imports, lengths of files, names of submodules."""
+
+import ast
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vision_attention.models import registry, tree
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = 'vision_attention'
+MAX_LINES = 450
+
+# Every layer of the house with the layers that it may import; what is not listed is refused.
+_BELOW_MODELS = {'ops', 'layers', 'attention'}
+ALLOWED = {
+  'errors': set(),
+  'ops': {'errors'},
+  'layers': {'errors', 'ops'},
+  'attention': {'errors', 'ops', 'layers'},
+  'models': {'errors'} | _BELOW_MODELS,
+  'data': {'errors'},
+  'training': {'errors', 'ops'},
+  'weights': {'errors', 'models.tree'},
+  'macs': {'errors', 'models'},
+  'convert': {'errors', 'weights', 'models'} | _BELOW_MODELS,
+  'checkpoint': {'errors', 'weights', 'models', 'training'},
+}
+
+
+def _sources() -> list[pathlib.Path]:
+  folders = (PACKAGE, 'configs', 'tools', 'tests')
+  return sorted([*ROOT.glob('*.py'), *(p for f in folders for p in (ROOT / f).rglob('*.py'))])
+
+
+def _imports(path: pathlib.Path) -> set[str]:
+  """Returns the modules of the package that a file imports, without the package's name."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      found |= {f'{node.module}.{alias.name}' for alias in node.names}
+  return {name.removeprefix(f'{PACKAGE}.') for name in found if name.startswith(f'{PACKAGE}.')}
+
+
+def _modules() -> list[pathlib.Path]:
+  return sorted(p for p in (ROOT / PACKAGE).rglob('*.py') if p != ROOT / PACKAGE / '__init__.py')
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('path', _modules(), ids=lambda p: str(p.relative_to(ROOT / PACKAGE)))
+def test_imports_flow_one_way(path):
+  layer = path.relative_to(ROOT / PACKAGE).parts[0].removesuffix('.py')
+  assert layer in ALLOWED, f'{path} is in no known layer: add it to ALLOWED'
+  for module in _imports(path):
+    if module.split('.')[0] != layer:
+      assert any(module == a or module.startswith(f'{a}.') for a in ALLOWED[layer]), (
+        f'{path.name} ({layer}) imports {module}; {layer} may import {sorted(ALLOWED[layer])}'
+      )
+
+
+@pytest.mark.fast
+def test_configs_import_no_model_code():
+  for path in (ROOT / 'configs').glob('*.py'):
+    assert not _imports(path), f'{path} imports the package'
+
+
+@pytest.mark.fast
+def test_only_checkpoint_imports_orbax():
+  users = [p for p in _sources() if re.search(r'^\s*(import|from) orbax', p.read_text(), re.M)]
+  assert [p.relative_to(ROOT).as_posix() for p in users if p.parts[-2] != 'tests'] == [
+    f'{PACKAGE}/checkpoint.py'
+  ]
+
+
+@pytest.mark.fast
+def test_neither_torch_nor_tensorflow_is_imported():
+  for path in _sources():
+    names = re.findall(r'^\s*(?:import|from) (torch|tensorflow|timm)\b', path.read_text(), re.M)
+    assert not names, f'{path} imports {names}'
+
+
+@pytest.mark.fast
+def test_files_are_short():
+  long = {
+    str(p.relative_to(ROOT)): n
+    for p in _sources()
+    if (n := len(p.read_text().splitlines())) > MAX_LINES
+  }
+  assert not long, f'over {MAX_LINES} lines, so probably two things: {long}'
+  assert len((ROOT / 'main.py').read_text().splitlines()) <= 80
+  assert len((ROOT / 'train.py').read_text().splitlines()) <= 320
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('name', registry.list_models())
+def test_every_submodule_is_named(name):
+  """Linen's own names (`Dense_0`) shift when a layer is added, and then weights load wrongly."""
+  model, info = registry.create_model(name)
+  images = jax.ShapeDtypeStruct((1, *info.image_size, 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  automatic = [path for path in tree.flatten(shapes) if re.search(r'(^|/)[A-Z]\w*_\d+(/|$)', path)]
+  assert not automatic
