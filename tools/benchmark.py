@@ -6,24 +6,21 @@ Prints minimum and median milliseconds of `--rounds` turns of best-of-two calls.
 forward, backward and AdamW on a fixed batch. On a CPU, glibc gives every large buffer back to the
 kernel after each call, which can double the time; set this before the program starts:
 
-    export GLIBC_TUNABLES=glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592:glibc.malloc.hugetlb=1
+    limits=glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592
+    export GLIBC_TUNABLES=$limits:glibc.malloc.hugetlb=1
 """
 
 import argparse
-import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import jax
+import jax.numpy as jnp
+import optax
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-
-import vision_attention as va  # noqa: E402
+import vision_attention as va
 
 
 def make_steps(

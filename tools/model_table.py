@@ -10,9 +10,7 @@ import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from vision_attention.models import base, registry  # noqa: E402
+from vision_attention.models import base, registry
 
 README = ROOT / 'README.md'
 BEGIN, END = '<!-- model table: begin -->', '<!-- model table: end -->'
@@ -34,8 +32,9 @@ def table() -> str:
   for _, group in itertools.groupby(names, key=registry.module_of):
     group = list(group)
     module = registry.module_of(group[0])
+    title = (module.__doc__ or '').strip().splitlines()[0]
     lines += [
-      f'**{(module.__doc__ or "").strip().splitlines()[0]}** (`{module.__name__.split(".")[-1]}.py`)',
+      f'**{title}** (`{module.__name__.split(".")[-1]}.py`)',
       '',
       '| model | pixels | parameters | GMACs | top-1 | source of the published numbers |',
       '|---|---|---|---|---|---|',
