@@ -9,10 +9,9 @@ import itertools
 import pathlib
 import sys
 
-ROOT = pathlib.Path(__file__).parents[1]
 from vision_attention.models import base, registry
 
-README = ROOT / 'README.md'
+README = pathlib.Path(__file__).parents[1] / 'README.md'
 BEGIN, END = '<!-- model table: begin -->', '<!-- model table: end -->'
 
 
