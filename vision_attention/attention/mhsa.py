@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vision_attention.ops import attention
@@ -27,8 +28,8 @@ class MultiHeadAttention(nn.Module):
   qkv_bias: bool = True
   dropout: float = 0.0
   kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
-  dtype: jnp.dtype = jnp.float32
-  param_dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b ... c'], *, train: bool) -> Float[Array, 'b ... d']:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 ModuleDef = Callable[..., nn.Module]
@@ -30,8 +31,8 @@ class LinearHead(nn.Module):
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
   bias_init: nn.initializers.Initializer = nn.initializers.zeros
   hidden_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-  dtype: jnp.dtype = jnp.float32
-  param_dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(

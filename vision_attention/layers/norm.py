@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -20,8 +21,8 @@ class BatchNorm(nn.Module):
   epsilon: float
   momentum: float = 0.9
   scale_init: nn.initializers.Initializer = nn.initializers.ones
-  dtype: jnp.dtype = jnp.float32
-  param_dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, '*b c'], *, train: bool) -> Float[Array, '*b c']:
@@ -49,8 +50,8 @@ class LayerNorm(nn.Module):
   """Layer normalisation (arXiv 1607.06450) over the last axis, in float32."""
 
   epsilon: float
-  dtype: jnp.dtype = jnp.float32
-  param_dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, '*b c'], *, train: bool = False) -> Float[Array, '*b c']:
@@ -73,8 +74,8 @@ class GroupNorm(nn.Module):
   epsilon: float
   groups: int = 32
   scale_init: nn.initializers.Initializer = nn.initializers.ones
-  dtype: jnp.dtype = jnp.float32
-  param_dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w c'], *, train: bool = False) -> Float[Array, 'b h w c']:

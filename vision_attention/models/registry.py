@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from vision_attention import errors
 from vision_attention import models as package
@@ -59,8 +60,8 @@ def create_model(
   *,
   num_classes: int | None = None,
   image_size: int | tuple[int, int] | None = None,
-  dtype: jnp.dtype = jnp.float32,
-  param_dtype: jnp.dtype = jnp.float32,
+  dtype: DTypeLike = jnp.float32,
+  param_dtype: DTypeLike = jnp.float32,
   source: str | None = None,
   **options: Any,
 ) -> tuple[base.Classifier, base.ModelInfo]:
