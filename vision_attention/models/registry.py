@@ -1,4 +1,4 @@
-"""Models by name. A model file in this folder that has `VARIANTS` is registered by being there."""
+"""Models by name. A file in this folder that has `build` is registered by being there."""
 
 import fnmatch
 import functools
@@ -25,7 +25,8 @@ def modules() -> Mapping[str, types.ModuleType]:
   found = {}
   for entry in pkgutil.iter_modules(package.__path__):
     module = importlib.import_module(f'{package.__name__}.{entry.name}')
-    for name in getattr(module, 'VARIANTS', {}):
+    # A file without `build` holds tables or parts of others.
+    for name in module.VARIANTS if hasattr(module, 'build') else ():
       if name in found:
         raise ValueError(f'{name!r} is a variant of {found[name].__name__} and {module.__name__}')
       found[name] = module
