@@ -65,7 +65,7 @@ def test_conversion_lists_every_problem_at_once():
     'what.is.this (7,) of the reference is not known here',
     'fc.weight (3, 4) does not give params/head/kernel (4, 2)',
     'stem.weight (1, 1, 1, 1) belongs to params/stem/kernel, which the model does not have',
-    'fc.bias and old_fc.bias both belong to params/head/bias',
+    'old_fc.bias and fc.bias both belong to params/head/bias',
     'params/top (3,) of the model is not in the reference',
   ):
     assert part in message
