@@ -1,7 +1,8 @@
 """Goldens: what a reference implementation answers for weights and images that a rule makes.
 
 A file in `tests/goldens` holds no weights. Its `meta['tensors']` lists every tensor of the
-reference's state dict with the mean and spread it is drawn with, from a generator seeded by its name.
+reference's state dict with the mean and spread it is drawn with, from a generator seeded by its
+name.
 """
 
 import dataclasses

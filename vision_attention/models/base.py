@@ -98,3 +98,13 @@ class Classifier(nn.Module):
   ) -> dict[str, Float[Array, 'b ...']]:
     """Returns the backbone's features by name: `stage1` ... and what the head reads."""
     return self.backbone(images, train=train)
+
+
+def check_image_size(images: Float[Array, 'b h w c'], expected: tuple[int, int]) -> None:
+  """Raises ValueError unless the images have the size that the model's tables are made for."""
+  size = tuple(images.shape[1:3])
+  if size != tuple(expected):
+    raise ValueError(
+      f'images are {size[0]}x{size[1]} but the model was created for {expected[0]}x{expected[1]}: '
+      f'pass image_size={size} to create_model, and to load_reference, which resizes tables'
+    )
