@@ -56,7 +56,7 @@ def load_reference(
   state = rules.prepare(
     {k: v for k, v in state.items() if not any(re.fullmatch(p, k) for p in rules.ignore)}
   )
-  inferred = {**rules.infer(state), **options}
+  inferred = {**rules.infer(state, registry.variant_of(name).options), **options}
   model, info = registry.create_model(name, source=source, **inferred)
   built = {**info.options, **rules.options_of(registry.variant_of(name).options), **inferred}
   variables = _convert(name, state, rules.rules_of(built), abstract_variables(model, info))

@@ -1,5 +1,7 @@
 """Self-attention with a learned scalar per head and offset on the logits."""
 
+from typing import ClassVar
+
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -13,6 +15,7 @@ class RelativeAttention(mhsa.MultiHeadAttention):
   `softmax(q k / sqrt(d) + P[offset]) v`, where the table `P` is `[heads, 2 h - 1, 2 w - 1]`.
   """
 
+  needs_map: ClassVar[bool] = True
   table_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
   def logit_bias(self, positions: tuple[int, ...]) -> Float[Array, 'b n q k'] | None:

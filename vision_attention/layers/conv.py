@@ -7,6 +7,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vision_attention import errors
 from vision_attention.ops import convolution
 
 
@@ -57,3 +58,23 @@ class Conv(nn.Module):
   def transform(self, kernel: Float[Array, 'h w i o']) -> Float[Array, 'h w i o']:
     """Returns the kernel that is applied; a reparametrised convolution overrides this."""
     return kernel
+
+
+class StdConv(Conv):
+  """Convolution with weight standardisation (arXiv 1903.10520): each output's kernel is normed.
+
+  Attributes:
+    epsilon_in: `std` divides by `std + 1e-5` (Google's BiT and ViT hybrids), `var` by
+      `sqrt(var + 1e-8)` (timm's port of them).
+  """
+
+  epsilon_in: str = 'std'
+
+  def transform(self, kernel: Float[Array, 'h w i o']) -> Float[Array, 'h w i o']:
+    errors.check_choice('epsilon_in', self.epsilon_in, ('std', 'var'))
+    kernel = kernel.astype(jnp.float32)
+    centred = kernel - kernel.mean((0, 1, 2))
+    var = jnp.square(centred).mean((0, 1, 2))
+    if self.epsilon_in == 'std':
+      return centred / (jnp.sqrt(var) + 1e-5)
+    return centred / jnp.sqrt(var + 1e-8)

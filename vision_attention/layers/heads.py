@@ -16,7 +16,8 @@ class LinearHead(nn.Module):
   Attributes:
     num_classes: outputs; 0 leaves the last layer out and gives what it would have seen.
     feature: name of the feature that is pooled.
-    pool: `gap` (mean over all positions), `none` (the feature is `[b, c]` already).
+    pool: `gap` (mean over all positions), `none` (the feature is `[b, c]` already), or a module
+      from the feature to `[b, c]`.
     norm: a normalisation after pooling, or None.
     hidden_dim: width of the `Dense + tanh` before the classifier, or 0 for none.
     dropout: rate before the classifier.
@@ -24,7 +25,7 @@ class LinearHead(nn.Module):
 
   num_classes: int
   feature: str
-  pool: str = 'gap'
+  pool: str | ModuleDef = 'gap'
   norm: ModuleDef | None = None
   hidden_dim: int = 0
   dropout: float = 0.0
@@ -41,8 +42,10 @@ class LinearHead(nn.Module):
     x = features[self.feature]
     if self.pool == 'gap':
       x = x.astype(jnp.float32).mean(tuple(range(1, x.ndim - 1))).astype(self.dtype)
+    elif callable(self.pool):
+      x = self.pool(name='pool')(x, train=train)
     elif self.pool != 'none':
-      raise ValueError(f'pool {self.pool!r} is unknown: allowed are gap and none')
+      raise ValueError(f'pool {self.pool!r} is unknown: allowed are gap, none or a module')
     if self.norm is not None:
       x = self.norm(name='norm')(x, train=train)
     if self.hidden_dim:
@@ -54,6 +57,11 @@ class LinearHead(nn.Module):
         name='pre_logits',
       )
       x = jnp.tanh(hidden(x))
+    elif self.has_variable('params', 'pre_logits'):
+      raise ValueError(
+        'the variables have a layer before the classifier that this model lacks: '
+        'create it with pre_logits=True'
+      )
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     if not self.num_classes:
       return x.astype(jnp.float32)

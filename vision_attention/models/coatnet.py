@@ -330,8 +330,9 @@ def _timm_table(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   return array.T.reshape(shape) if array.size == math.prod(shape) else array
 
 
-def _timm_infer(state: reference.State) -> dict[str, Any]:
+def _timm_infer(state: reference.State, options: Mapping[str, Any]) -> dict[str, Any]:
   """The first transformer stage works at 1/16, and its table has `2 size / 16 - 1` rows."""
+  del options
   offsets = state['stages.2.blocks.0.attn.rel_pos.relative_position_bias_table'].shape[0]
   side = round(offsets**0.5)
   classifier = state.get('head.fc.bias')

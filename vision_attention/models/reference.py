@@ -149,7 +149,8 @@ class Reference:
     options: build options in which it differs from ours (the form of GELU, an epsilon); a function
       of the variant's own options where it depends on them.
     prepare: changes keys or splits arrays before the rules see them.
-    infer: build options that its weights show: `num_classes`, `image_size`, ... .
+    infer: build options that prepared weights show (`num_classes`, `image_size`, ...), given those
+      of the variant.
     ignore: patterns of keys that hold nothing to load.
     variants: shell patterns of the registered names that it has.
   """
@@ -160,7 +161,7 @@ class Reference:
     default_factory=dict
   )
   prepare: Callable[[State], State] = lambda state: state
-  infer: Callable[[State], Mapping[str, Any]] = lambda state: {}
+  infer: Callable[[State, Mapping[str, Any]], Mapping[str, Any]] = lambda state, options: {}
   ignore: Sequence[str] = ()
   variants: Sequence[str] = ('*',)
 

@@ -95,8 +95,9 @@ def _timm_rules(options: Mapping[str, Any]) -> Sequence[reference.Rule]:
   ]
 
 
-def _infer(state: reference.State) -> dict[str, Any]:
+def _infer(state: reference.State, options: Mapping[str, Any]) -> dict[str, Any]:
   """A file without a classifier gives a model without one."""
+  del options
   return {'num_classes': len(state['fc.bias']) if 'fc.bias' in state else 0}
 
 
