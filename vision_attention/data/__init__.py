@@ -1,0 +1,1 @@
+"""TFDS data sets on disk to batches of numpy arrays, without TensorFlow."""

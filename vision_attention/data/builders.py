@@ -1,0 +1,244 @@
+"""Data sets written as TFDS reads them, in ArrayRecord files, without TensorFlow."""
+
+import dataclasses
+import gzip
+import io
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+VERSION = '1.0.0'
+_IDX_FILES = {'train': ('train', 'train'), 'test': ('t10k', 'test')}
+_IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
+
+
+@dataclasses.dataclass(frozen=True)
+class Raw:
+  """What a data set is written from: encoded images with labels, per split."""
+
+  splits: Mapping[str, Iterable[tuple[bytes, int]]]
+  label_names: Sequence[str]
+  shape: tuple[int | None, int | None, int]
+  description: str
+
+
+def _png(pixels: np.ndarray) -> bytes:
+  buffer = io.BytesIO()
+  Image.fromarray(pixels).save(buffer, 'PNG')
+  return buffer.getvalue()
+
+
+def digits() -> Raw:
+  """The 1797 handwritten digits of 8x8 pixels that scikit-learn carries.
+
+  The test split is every fifth image of each class, in the order of the file: 355 images.
+  """
+  from sklearn import datasets
+
+  data = datasets.load_digits()
+  images = np.round(data.images * (255 / 16)).astype(np.uint8)
+  rank = np.zeros(len(images), int)
+  for label in range(10):
+    mine = np.flatnonzero(data.target == label)
+    rank[mine] = np.arange(len(mine))
+  test = rank % 5 == 4
+
+  def split(chosen: np.ndarray) -> list[tuple[bytes, int]]:
+    return [(_png(images[i]), int(data.target[i])) for i in np.flatnonzero(chosen)]
+
+  return Raw(
+    {'train': split(~test), 'test': split(test)},
+    [str(label) for label in range(10)],
+    (8, 8, 1),
+    'Handwritten digits of 8x8 pixels, from scikit-learn (UCI, Alpaydin and Kaynak 1998).',
+  )
+
+
+def read_idx(path: pathlib.Path) -> np.ndarray:
+  """Reads an IDX file of bytes (the format of MNIST), plain or gzipped.
+
+  Raises:
+    ValueError: if the file is of another format or shorter than its header says.
+  """
+  content = path.read_bytes()
+  content = gzip.decompress(content) if path.suffix == '.gz' else content
+  if len(content) < 4 or content[:3] != b'\0\0\x08':
+    raise ValueError(f'{path} is no IDX file of bytes')
+  ndim = content[3]
+  shape = np.frombuffer(content, '>u4', ndim, 4).astype(int)
+  if len(content) != 4 + 4 * ndim + shape.prod():
+    raise ValueError(f'{path} holds {len(content)} bytes, not what its shape {shape} needs')
+  return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+
+def idx(folder: pathlib.Path, label_names: Sequence[str] | None = None) -> Raw:
+  """MNIST's four IDX files in one folder: `train-images-idx3-ubyte`, ..., plain or gzipped.
+
+  Raises:
+    FileNotFoundError: naming the missing file.
+    ValueError: if images and labels differ in number.
+  """
+
+  def load(stem: str) -> np.ndarray:
+    found = [p for suffix in ('', '.gz') if (p := folder / f'{stem}{suffix}').is_file()]
+    if not found:
+      raise FileNotFoundError(f'there is no {stem} or {stem}.gz in {folder}')
+    return read_idx(found[0])
+
+  arrays = {}
+  for split, (prefix, _) in _IDX_FILES.items():
+    images, labels = load(f'{prefix}-images-idx3-ubyte'), load(f'{prefix}-labels-idx1-ubyte')
+    if len(images) != len(labels):
+      raise ValueError(f'{folder} has {len(images)} {split} images but {len(labels)} labels')
+    arrays[split] = images, labels
+  count = 1 + max(int(labels.max()) for _, labels in arrays.values())
+  height, width = arrays['train'][0].shape[1:]
+  return Raw(
+    {
+      split: ((_png(image), int(label)) for image, label in zip(images, labels, strict=True))
+      for split, (images, labels) in arrays.items()
+    },
+    label_names or [str(label) for label in range(count)],
+    (height, width, 1),
+    f'IDX files of {folder.name}.',
+  )
+
+
+def image_folder(root: pathlib.Path) -> Raw:
+  """A folder `root/split/class/*.jpg`; the files' bytes are kept as they are.
+
+  Raises:
+    FileNotFoundError: if there is no such structure.
+    ValueError: if splits have different classes.
+  """
+  splits = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+  names = {s.name: sorted(p.name for p in s.iterdir() if p.is_dir()) for s in splits}
+  if not names or not all(names.values()):
+    raise FileNotFoundError(f'{root} has no folders <split>/<class>/ with images')
+  classes = max(names.values(), key=len)
+  for split, mine in names.items():
+    if unknown := set(mine) - set(classes):
+      raise ValueError(f'split {split} of {root} has classes that others lack: {sorted(unknown)}')
+
+  def read(split: pathlib.Path) -> Iterator[tuple[bytes, int]]:
+    files = sorted(p for p in split.glob('*/*') if p.suffix.lower() in _IMAGE_SUFFIXES)
+    # Shards would otherwise hold one class each.
+    for i in np.random.default_rng(0).permutation(len(files)):
+      yield files[i].read_bytes(), classes.index(files[i].parent.name)
+
+  return Raw(
+    {split.name: read(split) for split in splits},
+    classes,
+    (None, None, 3),
+    f'Images of {root.name}.',
+  )
+
+
+def write(
+  name: str, raw: Raw, data_dir: pathlib.Path, *, shard_bytes: int = 2**28, overwrite: bool = False
+) -> pathlib.Path:
+  """Writes a data set to `data_dir/name/1.0.0`, whole or not at all.
+
+  Args:
+    name: of the data set, lower case with underscores.
+    raw: what to write.
+    data_dir: TFDS's folder of data sets.
+    shard_bytes: a new file is begun when one is this large.
+    overwrite: whether a data set of that name is replaced.
+
+  Returns:
+    The data set's folder.
+
+  Raises:
+    FileExistsError: if it exists already.
+    ValueError: if a split is empty.
+  """
+  import tensorflow_datasets as tfds
+
+  target = data_dir / name / VERSION
+  if target.exists() and not overwrite:
+    raise FileExistsError(f'{target} exists: pass --overwrite to replace it')
+  target.parent.mkdir(parents=True, exist_ok=True)
+  features = tfds.features.FeaturesDict(
+    {
+      'image': tfds.features.Image(shape=raw.shape),
+      'label': tfds.features.ClassLabel(names=list(raw.label_names)),
+    }
+  )
+  with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{VERSION}.') as temporary:
+    folder = pathlib.Path(temporary) / VERSION
+    folder.mkdir()
+    infos = [
+      _write_split(name, split, examples, folder, shard_bytes)
+      for split, examples in raw.splits.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+      data_dir=folder,
+      features=features,
+      split_infos=infos,
+      filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+      description=raw.description,
+      check_data=False,
+    )
+    if target.exists():
+      shutil.rmtree(target)
+    folder.rename(target)
+  return target
+
+
+def _write_split(
+  name: str,
+  split: str,
+  examples: Iterable[tuple[bytes, int]],
+  folder: pathlib.Path,
+  shard_bytes: int,
+):
+  """Writes one split's shards, under their final names once their number is known."""
+  import tensorflow_datasets as tfds
+  from array_record.python import array_record_module
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  lengths: list[int] = []
+  parts: list[pathlib.Path] = []
+  total = size = 0
+  writer = None
+  for image, label in examples:
+    if writer is None:
+      parts.append(folder / f'{split}-{len(parts)}.part')
+      # One record per group: what random access needs.
+      writer = array_record_module.ArrayRecordWriter(str(parts[-1]), 'group_size:1')
+      lengths.append(0)
+      size = 0
+    example = tf_example_pb2.Example()
+    example.features.feature['image'].bytes_list.value.append(image)
+    example.features.feature['label'].int64_list.value.append(label)
+    content = example.SerializeToString()
+    writer.write(content)
+    lengths[-1] += 1
+    size += len(content)
+    total += len(content)
+    if size >= shard_bytes:
+      writer.close()
+      writer = None
+  if writer is not None:
+    writer.close()
+  if not parts:
+    raise ValueError(f'split {split!r} of {name!r} has no images')
+  for i, part in enumerate(parts):
+    part.rename(folder / f'{name}-{split}.array_record-{i:05d}-of-{len(parts):05d}')
+  return tfds.core.SplitInfo(
+    name=split,
+    shard_lengths=lengths,
+    num_bytes=total,
+    filename_template=tfds.core.ShardedFileTemplate(
+      dataset_name=name,
+      data_dir=folder,
+      split=split,
+      filetype_suffix='array_record',
+      template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+    ),
+  )

@@ -1,0 +1,185 @@
+"""Batches for training and evaluation: a pure function of (config, seed, step).
+
+The chain is random access from end to end, so batch `k` is the same whether the run came to it or
+began there, and whatever the number of processes: shuffle and repeat the record numbers, read and
+augment each with a generator seeded by (seed, position), deal the positions out to processes,
+batch. What a checkpoint must remember of the input is the step.
+
+Reads of `config.data`: `name`, `data_dir`, `train_split`, `eval_split`, `train_ops`, `eval_ops`
+(see `data.preprocessing`), `on_corrupt` (`raise` or `skip`), `num_threads`, `num_workers`,
+`prefetch`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from vision_attention import errors
+from vision_attention.data import preprocessing, source
+
+Batch = dict[str, np.ndarray]
+_MAX_SKIPS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+  """What the data set itself says."""
+
+  num_classes: int
+  num_train: int
+  num_eval: int
+  label_names: Sequence[str]
+
+
+def dataset_info(config: Any) -> DatasetInfo:
+  """Returns sizes and classes; raises what `source.Source` raises, before anything else is done."""
+  for texts in (config.train_ops, config.eval_ops):
+    preprocessing.compose(texts)
+  errors.check_choice('config.data.on_corrupt', config.on_corrupt, ('raise', 'skip'))
+  train = source.Source(config.name, config.train_split, config.data_dir or None)
+  evaluation = source.Source(config.name, config.eval_split, config.data_dir or None)
+  return DatasetInfo(train.num_classes, len(train), len(evaluation), train.label_names)
+
+
+class Decoded:
+  """A source of decoded images; what cannot be decoded raises, or its successor takes its place.
+
+  Args:
+    records: the encoded source.
+    on_corrupt: `raise` or `skip`.
+  """
+
+  def __init__(self, records: source.Source, on_corrupt: str):
+    self._records = records
+    self._skip = on_corrupt == 'skip'
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    for offset in range(_MAX_SKIPS):
+      record = self._records[(index + offset) % len(self)]
+      try:
+        return {
+          'image': preprocessing.decode(record.image),
+          'label': np.int32(record.label),
+          'corrupt': np.int32(offset > 0),
+        }
+      except preprocessing.CorruptImageError as error:
+        if not self._skip:
+          raise ValueError(
+            f'record {record.name} is no whole image ({error}): replace it, or set '
+            "config.data.on_corrupt='skip' to count such records and take the next one"
+          ) from error
+    raise ValueError(f'{_MAX_SKIPS} records from {record.name} on are corrupt: is this the data?')
+
+
+class _Augment(grain.transforms.RandomMap):
+  """Applies the operations of the config to an example's image."""
+
+  def __init__(self, texts: Sequence[str]):
+    self._apply = preprocessing.compose(texts)
+
+  def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    return {**element, 'image': self._apply(element['image'], rng)}
+
+
+def train_batches(
+  config: Any,
+  *,
+  seed: int,
+  batch_size: int,
+  start_step: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[Batch]:
+  """Yields this process's share of the batch of every step from `start_step` on, without end.
+
+  Args:
+    config: `config.data`.
+    seed: of shuffling and augmentation.
+    batch_size: of all processes together.
+    start_step: the first step, from 0.
+    process_index: which process this is.
+    process_count: number of processes; divides the batch.
+
+  Yields:
+    `image` uint8 `[b, h, w, 3]`, `label` int32 `[b]`, `corrupt` int32 `[b]` (1 for an example that
+    stands in for a corrupt one).
+  """
+  if batch_size % process_count:
+    raise ValueError(f'batch_size {batch_size} is not a multiple of {process_count} processes')
+  records = source.Source(config.name, config.train_split, config.data_dir or None)
+  dataset = (
+    grain.MapDataset.source(Decoded(records, config.on_corrupt))
+    .seed(seed)
+    .shuffle()
+    .repeat()
+    .random_map(_Augment(config.train_ops))[process_index::process_count]
+    .batch(batch_size // process_count, drop_remainder=True)[start_step:]
+  )
+  options = grain.ReadOptions(
+    num_threads=config.num_threads, prefetch_buffer_size=max(config.prefetch, config.num_threads)
+  )
+  batches = dataset.to_iter_dataset(options)
+  if config.num_workers:
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
+  return iter(batches)
+
+
+class EvalBatches:
+  """The evaluation split in order, once per iteration; every process sees as many batches.
+
+  Attributes:
+    num_examples: of the whole split.
+  """
+
+  def __init__(self, config: Any, batch_size: int, process_index: int, process_count: int):
+    if batch_size % process_count:
+      raise ValueError(f'batch_size {batch_size} is not a multiple of {process_count} processes')
+    self._records = source.Source(config.name, config.eval_split, config.data_dir or None)
+    self._config = config
+    self._batch_size = batch_size
+    self._process = process_index, process_count
+    self.num_examples = len(self._records)
+
+  def __len__(self) -> int:
+    return math.ceil(self.num_examples / self._batch_size)
+
+  def __iter__(self) -> Iterator[Batch]:
+    index, count = self._process
+    share = self._batch_size // count
+    # A substitute for a corrupt image would be counted twice, so evaluation always raises.
+    dataset = (
+      grain.MapDataset.source(Decoded(self._records, 'raise'))
+      .seed(0)
+      .random_map(_Augment(self._config.eval_ops))[index::count]
+    )
+    options = grain.ReadOptions(
+      num_threads=self._config.num_threads,
+      prefetch_buffer_size=max(self._config.prefetch * share, self._config.num_threads),
+    )
+    examples = iter(dataset.to_iter_dataset(options))
+    shape = None
+    for _ in range(len(self)):
+      chunk = [example for _, example in zip(range(share), examples, strict=False)]
+      if chunk:
+        shape = chunk[0]['image'].shape
+      if shape is None:
+        raise ValueError(f'{count} processes are more than the {self.num_examples} eval images')
+      image = np.zeros((share, *shape), np.uint8)
+      label, mask = np.zeros(share, np.int32), np.zeros(share, np.float32)
+      for i, example in enumerate(chunk):
+        image[i], label[i], mask[i] = example['image'], example['label'], 1
+      yield {'image': image, 'label': label, 'mask': mask}
+
+
+def eval_batches(
+  config: Any, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> EvalBatches:
+  """Returns the evaluation split in batches of `image`, `label` and `mask` (0 for padding)."""
+  return EvalBatches(config, batch_size, process_index, process_count)

@@ -1,0 +1,217 @@
+"""Operations on single images, chosen by config as text: `resize(224, interpolation='bilinear')`."""
+
+import ast
+import inspect
+import io
+import math
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from vision_attention import errors
+from vision_attention.data import randaugment
+
+# The reader runs many threads of its own.
+cv2.setNumThreads(1)
+Op = Callable[[Image.Image, np.random.Generator], Image.Image]
+_FILTERS = {
+  'nearest': Image.Resampling.NEAREST,
+  'bilinear': Image.Resampling.BILINEAR,
+  'bicubic': Image.Resampling.BICUBIC,
+  'lanczos': Image.Resampling.LANCZOS,
+}
+
+
+class CorruptImageError(ValueError):
+  """Bytes that are no whole image."""
+
+
+def decode(content: bytes) -> Image.Image:
+  """Decodes JPEG, PNG, ... to RGB, to the pixel what PIL gives.
+
+  Raises:
+    CorruptImageError: if the bytes are no image, or end before it does.
+  """
+  try:
+    image = Image.open(io.BytesIO(content))
+    if image.format == 'JPEG' and image.mode in ('RGB', 'L'):
+      # OpenCV decodes the same pixels in less time, but pads a truncated file without a word.
+      if b'\xff\xd9' not in content[-1024:]:
+        raise CorruptImageError('the JPEG ends before its end marker')
+      flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+      pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+      if pixels is not None:
+        return Image.fromarray(np.ascontiguousarray(pixels[..., ::-1]))
+    image.load()
+    return image.convert('RGB')
+  except CorruptImageError:
+    raise
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, cv2.error) as error:
+    raise CorruptImageError(str(error)) from error
+
+
+def _filter(name: str) -> Image.Resampling:
+  errors.check_choice('interpolation', name, _FILTERS)
+  return _FILTERS[name]
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+  return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def random_resized_crop(
+  size: int | Sequence[int],
+  area: Sequence[float] = (0.08, 1.0),
+  ratio: Sequence[float] = (3 / 4, 4 / 3),
+  interpolation: str = 'bicubic',
+) -> Op:
+  """A crop of random area and aspect ratio, resized: the "Inception crop".
+
+  Args:
+    size: height and width of the result, or one number for both.
+    area: range of the crop's share of the image.
+    ratio: range of width / height, uniform in the logarithm.
+    interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`, with antialiasing.
+  """
+  height, width = _pair(size)
+  resample = _filter(interpolation)
+
+  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    whole_w, whole_h = image.size
+    for _ in range(10):
+      target = whole_w * whole_h * rng.uniform(*area)
+      aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+      w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+      if 0 < w <= whole_w and 0 < h <= whole_h:
+        x, y = rng.integers(whole_w - w + 1), rng.integers(whole_h - h + 1)
+        return image.resize((width, height), resample, box=(x, y, x + w, y + h))
+    # No such crop lies in a very long image: take the largest in the middle.
+    aspect = min(max(whole_w / whole_h, ratio[0]), ratio[1])
+    w, h = min(whole_w, round(whole_h * aspect)), min(whole_h, round(whole_w / aspect))
+    x, y = (whole_w - w) // 2, (whole_h - h) // 2
+    return image.resize((width, height), resample, box=(x, y, x + w, y + h))
+
+  return apply
+
+
+def resize(size: int | Sequence[int], interpolation: str = 'bicubic') -> Op:
+  """The whole image resized to height and width, whatever its shape."""
+  height, width = _pair(size)
+  resample = _filter(interpolation)
+  return lambda image, rng: image.resize((width, height), resample)
+
+
+def center_crop(
+  size: int | Sequence[int], ratio: float = 0.875, interpolation: str = 'bicubic'
+) -> Op:
+  """The smaller side resized to `size / ratio`, then the middle cut out."""
+  height, width = _pair(size)
+  resample = _filter(interpolation)
+
+  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    scale = max(height / ratio / image.size[1], width / ratio / image.size[0])
+    w, h = max(width, round(image.size[0] * scale)), max(height, round(image.size[1] * scale))
+    image = image.resize((w, h), resample)
+    x, y = (w - width) // 2, (h - height) // 2
+    return image.crop((x, y, x + width, y + height))
+
+  return apply
+
+
+def pad_crop(padding: int, fill: int = 0) -> Op:
+  """The image padded on all sides, then cut to its own size at a random place."""
+
+  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    w, h = image.size
+    x, y = (int(v) for v in rng.integers(-padding, padding + 1, size=2))
+    moved = Image.new('RGB', (w, h), (fill,) * 3)
+    moved.paste(image, (x, y))
+    return moved
+
+  return apply
+
+
+def flip(prob: float = 0.5) -> Op:
+  """Left and right exchanged with probability `prob`."""
+
+  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < prob else image
+
+  return apply
+
+
+def rand_augment(
+  layers: int,
+  magnitude: float,
+  prob: float = 0.5,
+  magnitude_std: float = 0.0,
+  max_magnitude: float = randaugment.MAX_LEVEL,
+  increasing: bool = False,
+) -> Op:
+  """RandAugment; see `data.randaugment`."""
+  if magnitude > max_magnitude:
+    raise ValueError(
+      f'rand_augment would bound magnitude {magnitude} at {max_magnitude}: pass max_magnitude='
+      f'{magnitude} to mean it, or magnitude={max_magnitude}'
+    )
+
+  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return randaugment.rand_augment(
+      image,
+      rng,
+      layers=layers,
+      magnitude=magnitude,
+      prob=prob,
+      magnitude_std=magnitude_std,
+      max_magnitude=max_magnitude,
+      increasing=increasing,
+    )
+
+  return apply
+
+
+_OPS = {
+  op.__name__: op for op in (random_resized_crop, resize, center_crop, pad_crop, flip, rand_augment)
+}
+
+
+def parse(text: str) -> Op:
+  """Makes an operation from a call in Python's syntax with literal arguments; nothing is evaluated.
+
+  Raises:
+    ValueError: for an unknown operation or argument (naming the nearest), or anything but a call.
+  """
+  try:
+    tree = ast.parse(text, mode='eval').body
+    if isinstance(tree, ast.Name):
+      tree = ast.Call(tree, [], [])
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+      raise ValueError('it is not a call')
+    name = tree.func.id
+    args = [ast.literal_eval(node) for node in tree.args]
+    kwargs = {str(node.arg): ast.literal_eval(node.value) for node in tree.keywords}
+  except (SyntaxError, ValueError) as error:
+    raise ValueError(f'operation {text!r} does not read like name(1, key=2): {error}') from error
+  errors.check_choice(f'operation in {text!r}', name, _OPS)
+  signature = inspect.signature(_OPS[name])
+  for key in kwargs:
+    errors.check_choice(f'argument in {text!r}', key, signature.parameters)
+  try:
+    signature.bind(*args, **kwargs)
+  except TypeError as error:
+    raise ValueError(f'operation {text!r}: {error}') from error
+  return _OPS[name](*args, **kwargs)
+
+
+def compose(texts: Sequence[str]) -> Callable[[Image.Image, np.random.Generator], np.ndarray]:
+  """Makes one function from image to `[height, width, 3]` uint8 out of operations in order."""
+  ops = [parse(text) for text in texts]
+
+  def apply(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    for op in ops:
+      image = op(image, rng)
+    return np.asarray(image, np.uint8)
+
+  return apply

@@ -1,0 +1,169 @@
+"""RandAugment (arXiv 1909.13719) on PIL images, with the operations and scales of timm.
+
+Two operations out of fifteen say what "magnitude" means: see `_OPERATIONS`. The TensorFlow form of
+Google's recipes differs in that it always applies every chosen operation, does not bound the
+magnitude at 10, translates by up to 100 pixels and has Cutout; `prob=1, max_magnitude=30` is the
+nearest to it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+MAX_LEVEL = 10.0
+FILL = (128, 128, 128)
+_RESAMPLES = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
+
+
+def _affine(image: Image.Image, matrix: Sequence[float], rng: np.random.Generator) -> Image.Image:
+  resample = _RESAMPLES[rng.integers(len(_RESAMPLES))]
+  return image.transform(
+    image.size, Image.Transform.AFFINE, tuple(matrix), resample=resample, fillcolor=FILL
+  )
+
+
+def _signed(value: float, rng: np.random.Generator) -> float:
+  return -value if rng.random() > 0.5 else value
+
+
+def _autocontrast(image, level, rng):
+  return ImageOps.autocontrast(image)
+
+
+def _equalize(image, level, rng):
+  return ImageOps.equalize(image)
+
+
+def _invert(image, level, rng):
+  return ImageOps.invert(image)
+
+
+def _rotate(image, level, rng):
+  degrees = _signed(30 * level, rng)
+  return image.rotate(degrees, _RESAMPLES[rng.integers(len(_RESAMPLES))], fillcolor=FILL)
+
+
+def _keep_bits(image: Image.Image, bits: int) -> Image.Image:
+  return image if bits >= 8 else ImageOps.posterize(image, bits)
+
+
+def _posterize(image, level, rng):
+  return _keep_bits(image, int(4 * level))
+
+
+def _posterize_increasing(image, level, rng):
+  return _keep_bits(image, max(0, 4 - int(4 * level)))
+
+
+def _solarize(image, level, rng):
+  return ImageOps.solarize(image, min(256, int(256 * level)))
+
+
+def _solarize_increasing(image, level, rng):
+  return ImageOps.solarize(image, 256 - min(256, int(256 * level)))
+
+
+def _solarize_add(image, level, rng):
+  add = min(128, int(110 * level))
+  return image.point([min(255, i + add) if i < 128 else i for i in range(256)] * 3)
+
+
+def _enhance(kind: type) -> Operation:
+  def apply(image, level, rng):
+    return kind(image).enhance(1.8 * level + 0.1)
+
+  return apply
+
+
+def _enhance_increasing(kind: type) -> Operation:
+  def apply(image, level, rng):
+    return kind(image).enhance(max(0.1, 1 + _signed(0.9 * level, rng)))
+
+  return apply
+
+
+def _shear_x(image, level, rng):
+  return _affine(image, (1, _signed(0.3 * level, rng), 0, 0, 1, 0), rng)
+
+
+def _shear_y(image, level, rng):
+  return _affine(image, (1, 0, 0, _signed(0.3 * level, rng), 1, 0), rng)
+
+
+def _translate_x(image, level, rng):
+  return _affine(image, (1, 0, _signed(0.45 * level, rng) * image.size[0], 0, 1, 0), rng)
+
+
+def _translate_y(image, level, rng):
+  return _affine(image, (1, 0, 0, 0, 1, _signed(0.45 * level, rng) * image.size[1]), rng)
+
+
+# Each takes the level, magnitude / 10.
+_OPERATIONS: dict[str, Operation] = {
+  'autocontrast': _autocontrast,
+  'equalize': _equalize,
+  'invert': _invert,
+  'rotate': _rotate,
+  'posterize': _posterize,
+  'solarize': _solarize,
+  'solarize_add': _solarize_add,
+  'color': _enhance(ImageEnhance.Color),
+  'contrast': _enhance(ImageEnhance.Contrast),
+  'brightness': _enhance(ImageEnhance.Brightness),
+  'sharpness': _enhance(ImageEnhance.Sharpness),
+  'shear_x': _shear_x,
+  'shear_y': _shear_y,
+  'translate_x': _translate_x,
+  'translate_y': _translate_y,
+}
+# The same list where a larger magnitude always means a stronger change.
+_INCREASING = _OPERATIONS | {
+  'posterize': _posterize_increasing,
+  'solarize': _solarize_increasing,
+  'color': _enhance_increasing(ImageEnhance.Color),
+  'contrast': _enhance_increasing(ImageEnhance.Contrast),
+  'brightness': _enhance_increasing(ImageEnhance.Brightness),
+  'sharpness': _enhance_increasing(ImageEnhance.Sharpness),
+}
+
+
+def apply(
+  image: Image.Image, name: str, magnitude: float, rng: np.random.Generator, increasing: bool
+) -> Image.Image:
+  """Applies one operation by name at a magnitude in tenths."""
+  table = _INCREASING if increasing else _OPERATIONS
+  return table[name](image, magnitude / MAX_LEVEL, rng)
+
+
+def rand_augment(
+  image: Image.Image,
+  rng: np.random.Generator,
+  *,
+  layers: int,
+  magnitude: float,
+  prob: float = 0.5,
+  magnitude_std: float = 0.0,
+  max_magnitude: float = MAX_LEVEL,
+  increasing: bool = False,
+) -> Image.Image:
+  """Applies `layers` random operations to an RGB image.
+
+  Args:
+    image: an RGB image.
+    rng: source of randomness.
+    layers: operations per image, chosen uniformly with replacement.
+    magnitude: strength in tenths.
+    prob: probability with which a chosen operation is applied.
+    magnitude_std: standard deviation of Gaussian noise on the magnitude.
+    max_magnitude: bound on the magnitude; timm's default is 10.
+    increasing: whether a larger magnitude always is a stronger change (timm's `inc1`).
+  """
+  names = tuple(_OPERATIONS)
+  for index in rng.integers(len(names), size=layers):
+    if prob < 1 and rng.random() > prob:
+      continue
+    level = magnitude if magnitude_std == 0 else rng.normal(magnitude, magnitude_std)
+    image = apply(image, names[index], float(np.clip(level, 0, max_magnitude)), rng, increasing)
+  return image
