@@ -1,4 +1,4 @@
-"""Operations on single images, chosen by config as text: `resize(224, interpolation='bilinear')`."""
+"""Operations on single images, chosen by config as text: `resize(224, interpolation=...)`."""
 
 import ast
 import inspect

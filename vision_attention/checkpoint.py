@@ -1,0 +1,202 @@
+"""Runs on disk: saving and resuming a run, and its variables on any machine. Only Orbax user."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from vision_attention import weights
+from vision_attention.models import base, registry, tree
+
+CHECKPOINTS = 'checkpoints'
+CONFIG = 'config.json'
+_MARKER = '.orbax-checkpoint-tmp'
+
+
+class Manager:
+  """Checkpoints of one run: asynchronous, whole or not there, the latest and the best kept.
+
+  Args:
+    workdir: folder of the run.
+    keep_latest: how many of the latest are kept.
+    keep_best: how many of the best by `top1` are kept besides.
+  """
+
+  def __init__(self, workdir: pathlib.Path, keep_latest: int, keep_best: int):
+    folder = workdir.absolute() / CHECKPOINTS
+    policies: list[Any] = [preservation_policy.LatestN(max(1, keep_latest))]
+    if keep_best:
+      policies.append(
+        preservation_policy.BestN(
+          get_metric_fn=lambda metrics: metrics['top1'],
+          n=keep_best,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    self._manager = ocp.CheckpointManager(
+      folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        # What a killed process left half-written is removed, and never listed as a step.
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def latest_step(self) -> int | None:
+    """Returns the newest whole checkpoint's step."""
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    window: Any,
+    config: ml_collections.ConfigDict,
+    metrics: Mapping[str, float] | None,
+  ) -> None:
+    """Begins to save; returns when the arrays may change again."""
+    if step in self._manager.all_steps():
+      return
+    if jax.default_backend() == 'cpu':
+      # Orbax would read a CPU array's own memory, which the next step reuses by donation.
+      state, window = jax.tree.map(lambda x: x.copy(), (state, window))
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state),
+        window=ocp.args.PyTreeSave(window),
+        config=ocp.args.JsonSave(json.loads(config.to_json_best_effort())),
+      ),
+      metrics=dict(metrics) if metrics else None,
+      force=True,
+    )
+
+  def restore(self, step: int, state: Any, window: Any) -> tuple[Any, Any]:
+    """Restores into shapes with shardings (`ShapeDtypeStruct`s), bit for bit."""
+
+    def args(target: Any) -> Any:
+      restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+      return ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+
+    restored = self._manager.restore(
+      step, args=ocp.args.Composite(state=args(state), window=args(window))
+    )
+    return restored['state'], restored['window']
+
+  def reached_preemption(self, step: int) -> bool:
+    """Whether the cluster has announced the end of several processes; the same in all of them."""
+    return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+  def wait(self) -> None:
+    """Returns when everything is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and releases the folder."""
+    self._manager.close()
+
+
+def steps_of(workdir: pathlib.Path) -> list[int]:
+  """Returns the steps of a run's whole checkpoints, in order."""
+  folder = workdir / CHECKPOINTS
+  if not folder.is_dir():
+    return []
+  names = [p.name for p in folder.iterdir() if (p / '_CHECKPOINT_METADATA').exists()]
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def _step_folder(path: str | pathlib.Path, step: int | None) -> pathlib.Path:
+  """Returns the folder of one checkpoint, from that of a run or itself."""
+  path = pathlib.Path(path).expanduser().absolute()
+  if (path / '_CHECKPOINT_METADATA').exists():
+    return path
+  steps = steps_of(path)
+  if not steps:
+    raise FileNotFoundError(f'{path} is neither a run with a whole checkpoint nor a checkpoint')
+  if step is not None and step not in steps:
+    raise FileNotFoundError(f'{path} has no checkpoint of step {step}: it has {steps}')
+  return path / CHECKPOINTS / str(steps[-1] if step is None else step)
+
+
+def load_variables(
+  path: str | pathlib.Path, *, ema: bool | None = None, step: int | None = None
+) -> dict[str, Any]:
+  """Loads variables as numpy arrays, wherever and on however many devices they were trained.
+
+  Args:
+    path: a run's folder, a checkpoint's folder, or a .safetensors or .npz file of `save_variables`.
+    ema: whether to take the averaged ones; by default where the run has them.
+    step: of a run; the latest by default.
+
+  Returns:
+    `{'params': ..., 'batch_stats': ...}`, the latter only of models with BatchNorm.
+
+  Raises:
+    FileNotFoundError: if there is no such run, checkpoint or file.
+    ValueError: if averages are asked for and the run has none.
+  """
+  path = pathlib.Path(path).expanduser()
+  if path.suffix in ('.safetensors', '.npz'):
+    return tree.unflatten(weights.read(path))
+  folder = _step_folder(path, step) / 'state'
+  handler = ocp.PyTreeCheckpointHandler()
+  with ocp.Checkpointer(handler) as checkpointer:
+    saved = checkpointer.metadata(folder).item_metadata.tree
+    has_ema = bool(saved.get('ema_params'))
+    if ema and not has_ema:
+      raise ValueError(f'{path} has no averaged weights: pass ema=False')
+    prefix = 'ema_' if (has_ema if ema is None else ema) else ''
+    keys = [key for key in ('params', 'batch_stats') if saved.get(prefix + key)]
+    item = {prefix + key: saved[prefix + key] for key in keys}
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    restored = checkpointer.restore(
+      folder,
+      args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
+    )
+  return {key: restored[prefix + key] for key in keys}
+
+
+def save_variables(path: str | pathlib.Path, variables: Mapping[str, Any]) -> None:
+  """Writes variables to one .safetensors or .npz file, for `load_variables`."""
+  weights.write(path, {key: np.asarray(value) for key, value in tree.flatten(variables).items()})
+
+
+def load(
+  path: str | pathlib.Path, *, ema: bool | None = None, step: int | None = None
+) -> tuple[base.Classifier, dict[str, Any], ml_collections.ConfigDict]:
+  """Loads a run: its model, variables and config. See `load_variables`."""
+  folder = _step_folder(path, step)
+  config = ml_collections.ConfigDict(json.loads((folder / 'config' / 'metadata').read_text()))
+  model = create_model(config)
+  return model, load_variables(folder, ema=ema), config
+
+
+def create_model(config: ml_collections.ConfigDict) -> base.Classifier:
+  """Creates the model of a run's config."""
+  options = {key: _tuples(value) for key, value in config.model.options.to_dict().items()}
+  model, _ = registry.create_model(
+    config.model.name,
+    num_classes=config.data.num_classes,
+    image_size=config.image_size,
+    dtype=config.model.dtype,
+    source=config.model.source or None,
+    **options,
+  )
+  return model
+
+
+def _tuples(value: Any) -> Any:
+  """JSON knows lists only."""
+  return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def remove(workdir: pathlib.Path) -> None:
+  """Deletes a run's checkpoints."""
+  shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What the loop is made of; knows neither data sets nor models."""

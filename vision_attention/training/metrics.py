@@ -1,0 +1,128 @@
+"""Metrics to JSON lines, TensorBoard and the log, and the clock that says how the run is going."""
+
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+from tensorboardX import SummaryWriter
+
+METRICS = 'metrics.jsonl'
+TIMING = 'timing.jsonl'
+
+
+def _truncate(path: pathlib.Path, step: int) -> None:
+  """Drops what was written after `step`, and a last line that a kill cut short."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      if json.loads(line)['step'] <= step:
+        kept.append(line + '\n')
+    except (json.JSONDecodeError, KeyError):
+      continue
+  partial = path.with_suffix('.partial')
+  partial.write_text(''.join(kept))
+  partial.replace(path)
+
+
+class Writer:
+  """Writes metrics of one run; only the first process of several does.
+
+  `metrics.jsonl` holds what is a function of the run alone, and is the same file, byte for byte,
+  whether or not the run was interrupted. Speeds go to `timing.jsonl`.
+
+  Args:
+    workdir: folder of the run.
+    step: the restored step; what an interrupted run wrote after it is dropped.
+    active: whether this process writes.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int, active: bool):
+    self._folder = workdir
+    self._board = None
+    if active:
+      workdir.mkdir(parents=True, exist_ok=True)
+      for name in (METRICS, TIMING):
+        _truncate(workdir / name, step)
+      self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+
+  def write(self, step: int, values: Mapping[str, float], *, timing: bool = False) -> None:
+    """Appends one line and flushes it."""
+    if self._board is None:
+      return
+    with (self._folder / (TIMING if timing else METRICS)).open('a') as file:
+      file.write(json.dumps({'step': step, **values}) + '\n')
+    for key, value in values.items():
+      self._board.add_scalar(key, value, step)
+
+  def has(self, step: int, key: str) -> bool:
+    """Whether a metric was written at a step, by this process or before a restart."""
+    path = self._folder / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return any(row['step'] == step and key in row for row in map(json.loads, lines))
+
+  def close(self) -> None:
+    """Flushes TensorBoard's file."""
+    if self._board is not None:
+      self._board.close()
+
+
+class Clock:
+  """Speed and remaining time, without the time spent in evaluation and checkpoints."""
+
+  def __init__(self, step: int, total: int, batch_size: int, devices: int):
+    self._total, self._batch_size, self._devices = total, batch_size, devices
+    self._began = self._mark = time.monotonic()
+    self._mark_step = self._first_step = step
+    self._paused = self._waited = self._all_paused = 0.0
+
+  def pause(self, seconds: float) -> None:
+    """Takes time out of the account: evaluation, checkpoints."""
+    self._paused += seconds
+    self._all_paused += seconds
+
+  def wait(self, seconds: float) -> None:
+    """Counts time spent waiting for data."""
+    self._waited += seconds
+
+  def lap(self, step: int) -> dict[str, float]:
+    """Returns speeds since the last lap, and the estimated rest of the run in seconds."""
+    now = time.monotonic()
+    spent = max(now - self._mark - self._paused, 1e-9)
+    count = step - self._mark_step
+    active = now - self._began - self._all_paused
+    per_step = active / max(step - self._first_step, 1)
+    values = {
+      'images_per_second': count * self._batch_size / spent,
+      'images_per_second_per_device': count * self._batch_size / spent / self._devices,
+      'step_ms': 1e3 * spent / max(count, 1),
+      'data_wait_percent': 100 * min(self._waited / spent, 1.0),
+      'core_hours': (now - self._began) * self._devices / 3600,
+      'eta_seconds': per_step * (self._total - step),
+    }
+    self._mark, self._mark_step, self._paused, self._waited = now, step, 0.0, 0.0
+    return values
+
+
+def log_progress(
+  step: int, total: int, values: Mapping[str, float], speed: Mapping[str, Any]
+) -> None:
+  """Writes one line of progress to the log."""
+  eta = int(speed['eta_seconds'])
+  shown = '  '.join(f'{key} {value:.4g}' for key, value in values.items())
+  logging.info(
+    'step %d/%d  %s  %.0f img/s  data wait %.0f %%  %.2f core-h  ETA %d:%02d:%02d',
+    step,
+    total,
+    shown,
+    speed['images_per_second'],
+    speed['data_wait_percent'],
+    speed['core_hours'],
+    eta // 3600,
+    eta // 60 % 60,
+    eta % 60,
+  )

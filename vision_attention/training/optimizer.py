@@ -1,0 +1,114 @@
+"""Optimizers from config, with regular expressions for what decays and how fast it learns.
+
+Reads of `config.optimizer`: `name` (`adamw`, `sgd`, `lamb`, `adafactor`), `learning_rate` (peak),
+`b1`, `b2`, `epsilon`, `momentum`, `nesterov`, `momentum_dtype`, `weight_decay`, `weight_decay_mask`
+(patterns of parameters that decay), `weight_decay_times_lr` (whether decay is multiplied by the
+peak learning rate too, or by the schedule alone), `lr_multipliers` (pairs of pattern and factor; 0
+freezes), `clip_norm` (global), `clip_adaptive` (AGC, arXiv 2102.06171). Zero switches off.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vision_attention import errors
+
+NAMES = ('adamw', 'sgd', 'lamb', 'adafactor')
+
+
+def path_of(key_path: Sequence[Any]) -> str:
+  """Returns a parameter's path such as `backbone/stem/conv1/kernel`."""
+  return '/'.join(str(getattr(key, 'key', getattr(key, 'name', key))) for key in key_path)
+
+
+def matches(params: Any, patterns: Sequence[str]) -> Any:
+  """Returns a tree of booleans: whether any pattern is found in the parameter's path."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: any(re.search(pattern, path_of(path)) for pattern in patterns), params
+  )
+
+
+def check_patterns(params: Any, patterns: Sequence[str], what: str) -> None:
+  """Raises ValueError naming a pattern that is found in no parameter: a silent misspelling."""
+  paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  for pattern in patterns:
+    if not any(re.search(pattern, path) for path in paths):
+      raise ValueError(f'{what} {pattern!r} matches none of {len(paths)} parameters')
+
+
+def _scale_by_patterns(multipliers: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+  """Multiplies updates by the factor of the first pattern that is found in a path."""
+
+  def update(updates: Any, params: Any) -> Any:
+    del params
+
+    def scaled(path: Sequence[Any], value: jax.Array) -> jax.Array:
+      name = path_of(path)
+      factor = next((f for pattern, f in multipliers if re.search(pattern, name)), 1.0)
+      return value * factor
+
+    return jax.tree_util.tree_map_with_path(scaled, updates)
+
+  return optax.stateless(update)
+
+
+def _capped_decay(step: jax.Array, power: float) -> jax.Array:
+  """Adafactor's decay of the second moment, at most 0.999 (arXiv 2106.04560, section 3.4)."""
+  return jnp.minimum(0.999, 1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** (-power))
+
+
+def _direction(config: Any, decay: optax.GradientTransformation) -> list[Any]:
+  """The optimizer's own part, for a learning rate of one."""
+  dtype = jnp.dtype(config.momentum_dtype)
+  if config.name in ('adamw', 'lamb'):
+    adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon, mu_dtype=dtype)
+    lamb = [optax.scale_by_trust_ratio()] if config.name == 'lamb' else []
+    return [adam, decay, *lamb]
+  if config.name == 'sgd':
+    # Coupled L2: the decay goes through the momentum, as a loss term would.
+    return [decay, optax.trace(config.momentum, config.nesterov, accumulator_dtype=dtype)]
+  return [
+    optax.scale_by_factored_rms(decay_rate=0.8, decay_rate_fn=_capped_decay),
+    optax.ema(config.b1, debias=False, accumulator_dtype=dtype),
+    decay,
+  ]
+
+
+def make(
+  config: Any, factor: Callable[[jax.Array], jax.Array], params: Any
+) -> optax.GradientTransformation:
+  """Makes the optimizer.
+
+  Args:
+    config: `config.optimizer`.
+    factor: step -> factor on the peak learning rate.
+    params: parameters or their shapes, against which patterns are checked.
+
+  Raises:
+    ValueError: for an unknown name, or a pattern that matches no parameter.
+  """
+  errors.check_choice('config.optimizer.name', config.name, NAMES)
+  if config.weight_decay:
+    check_patterns(params, config.weight_decay_mask, 'config.optimizer.weight_decay_mask')
+  check_patterns(params, [p for p, _ in config.lr_multipliers], 'config.optimizer.lr_multipliers')
+  decay = optax.add_decayed_weights(
+    config.weight_decay, lambda tree: matches(tree, config.weight_decay_mask)
+  )
+  chain = []
+  if config.clip_norm:
+    chain.append(optax.clip_by_global_norm(config.clip_norm))
+  if config.clip_adaptive:
+    chain.append(optax.adaptive_grad_clip(config.clip_adaptive))
+  if config.weight_decay_times_lr or config.name == 'sgd':
+    chain += [*_direction(config, decay), optax.scale(config.learning_rate)]
+  elif config.name == 'lamb':
+    raise ValueError('lamb needs weight_decay_times_lr=True: its trust ratio contains the decay')
+  else:
+    chain += [*_direction(config, optax.identity()), optax.scale(config.learning_rate), decay]
+  if config.lr_multipliers:
+    chain.append(_scale_by_patterns(config.lr_multipliers))
+  return optax.chain(*chain, optax.scale_by_schedule(factor), optax.scale(-1.0))
