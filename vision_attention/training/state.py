@@ -69,7 +69,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Window, Any], tuple[TrainState, Window]]:
   """Makes the training step.
 
-  Randomness is derived from `(config.seed, step)` alone, so the step is a function of its arguments.
+  Randomness is derived from `(config.seed, step)` alone: the step is a function of its arguments.
 
   Args:
     apply: `model.apply`.

@@ -1,0 +1,152 @@
+"""What every config starts from, and the arguments after a config's colon.
+
+Durations are text (`300 epochs`, `10_000 steps`, `1e6 examples`) and become steps when the run
+starts, so that an override of the batch size moves them along. `{size}` in a data operation stands
+for `image_size`.
+"""
+
+import difflib
+from typing import Any
+
+import ml_collections
+
+# Classes and training images, for a dry run without the data; a run reads them off the data set.
+DATASETS = {
+  'imagenet2012': {'num_classes': 1000, 'num_train': 1_281_167, 'eval_split': 'validation'},
+  'imagenet21k': {'num_classes': 21_841, 'num_train': 12_700_000, 'eval_split': 'validation'},
+  'fashion_mnist': {'num_classes': 10, 'num_train': 60_000, 'eval_split': 'test'},
+  'digits': {'num_classes': 10, 'num_train': 1442, 'eval_split': 'test'},
+}
+
+
+def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
+  """Reads `key=value,key=value` after a config's colon; `key` alone means `key=True`.
+
+  Args:
+    arg: the text after the colon.
+    **defaults: every allowed key with its default, whose type the value takes.
+
+  Raises:
+    ValueError: for an unknown key or a value of another type.
+  """
+  values = dict(defaults)
+  for item in filter(None, (arg or '').split(',')):
+    key, given, text = item.partition('=')
+    if key not in defaults:
+      close = difflib.get_close_matches(key, defaults, 1)
+      hint = f'did you mean {close[0]!r}?' if close else f'allowed: {", ".join(defaults)}'
+      raise ValueError(f'config argument {key!r} is unknown: {hint}')
+    kind = type(defaults[key])
+    try:
+      if kind is bool:
+        values[key] = {'': True, 'true': True, 'false': False}[text.lower()]
+      else:
+        values[key] = kind(text)
+    except (KeyError, ValueError):
+      raise ValueError(f'config argument {key}={text!r} is not a {kind.__name__}') from None
+    if kind is not bool and not given:
+      raise ValueError(f'config argument {key!r} needs a value: {key}=...')
+  return ml_collections.ConfigDict(values)
+
+
+def use_data(config: ml_collections.ConfigDict, name: str) -> None:
+  """Sets the data set, with what is known of it here."""
+  known = DATASETS.get(name, {})
+  config.data.name = name
+  config.data.num_classes = known.get('num_classes', 0)
+  config.data.num_train = known.get('num_train', 0)
+  config.data.eval_split = known.get('eval_split', 'test')
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns every key there is, switched off or at the value that most recipes share."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.image_size = 224
+  config.batch_size = 1024  # of all devices together
+  config.accumulate = 1  # micro-batches per step
+  config.total = '300 epochs'
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = ''
+  config.model.dtype = 'bfloat16'  # of activations; parameters are float32
+  config.model.source = ''  # conventions of a reference implementation, or ours
+  config.model.options = ml_collections.ConfigDict()  # of the model file's build
+
+  config.init = ml_collections.ConfigDict()
+  config.init.path = ''  # a run, a checkpoint or a weight file to start from
+  config.init.source = ''  # whose weight file, of a model's REFERENCES; ours if empty
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = 'imagenet2012'
+  config.data.data_dir = ''  # else $TFDS_DATA_DIR, ~/tensorflow_datasets or data
+  config.data.train_split = 'train'
+  config.data.eval_split = 'validation'
+  config.data.num_classes = 0  # 0: what the data set says
+  config.data.num_train = 0
+  config.data.train_ops = ('random_resized_crop({size}, area=(0.05, 1.0))', 'flip()')
+  config.data.eval_ops = ('center_crop({size})',)
+  config.data.mean = (0.485, 0.456, 0.406)
+  config.data.std = (0.229, 0.224, 0.225)
+  config.data.on_corrupt = 'raise'  # or 'skip': count it and take the next
+  config.data.num_threads = 16
+  config.data.num_workers = 0  # processes; 0 decodes in threads
+  config.data.prefetch = 4  # batches
+
+  config.mixing = ml_collections.ConfigDict()
+  config.mixing.mixup_alpha = 0.0
+  config.mixing.cutmix_alpha = 0.0
+  config.mixing.prob = 1.0
+  config.mixing.switch_prob = 0.5
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.kind = 'softmax'
+  config.loss.label_smoothing = 0.0
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = 'adamw'
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.999
+  config.optimizer.epsilon = 1e-8
+  config.optimizer.momentum = 0.9
+  config.optimizer.nesterov = False
+  config.optimizer.momentum_dtype = 'float32'
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.weight_decay_mask = ('/kernel$',)
+  config.optimizer.weight_decay_times_lr = True
+  config.optimizer.lr_multipliers = ()
+  config.optimizer.clip_norm = 0.0
+  config.optimizer.clip_adaptive = 0.0
+
+  config.schedule = ml_collections.ConfigDict()
+  config.schedule.kind = 'cosine'
+  config.schedule.warmup = '0 steps'
+  config.schedule.final = 0.0  # relative to the peak
+  config.schedule.boundaries = ()
+  config.schedule.factor = 0.1
+  config.schedule.timescale = 10_000
+  config.schedule.cooldown = '0 steps'
+
+  config.ema = ml_collections.ConfigDict()
+  config.ema.decay = 0.0
+  config.ema.warmup = False
+
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.data = -1
+  config.mesh.fsdp = 1
+  config.sharding_rules = ()  # pairs of pattern and axes: ('classifier/kernel', (None, 'fsdp'))
+
+  config.log_every = '100 steps'
+  config.eval = ml_collections.ConfigDict()
+  config.eval.every = '1 epochs'
+  config.eval.batch_size = 0  # 0: that of training
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every = '1000 steps'
+  config.checkpoint.keep_latest = 1
+  config.checkpoint.keep_best = 1
+  config.profile = ml_collections.ConfigDict()
+  config.profile.start = -1  # step of the run; -1 for none
+  config.profile.steps = 5
+  config.compile_cache = '~/.cache/vision_attention/jax'
+  return config.lock()

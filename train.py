@@ -1,0 +1,402 @@
+"""The training loop, phase by phase: check, build, restore, train, evaluate.
+
+A run is a function of its config. Killed at any moment and started again, it goes on from its last
+checkpoint with the next batch, and ends in the same state and the same metrics, bit for bit.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import logging
+
+import vision_attention as va
+from vision_attention import checkpoint, convert
+from vision_attention.data import pipeline
+from vision_attention.models import base, registry, transfer
+from vision_attention.training import (
+  evaluate,
+  losses,
+  metrics,
+  optimizer,
+  schedule,
+  sharding,
+  state,
+)
+
+# Config keys that do not change what is computed, so that a run may go on with other values.
+VOLATILE = ('log_every', 'checkpoint', 'profile', 'compile_cache', 'mesh', 'data.data_dir')
+VOLATILE += ('data.num_threads', 'data.num_workers', 'data.prefetch')
+PREEMPTED = 143  # 128 + SIGTERM
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A checked config with all that is derived from it, before anything is compiled."""
+
+  config: ml_collections.ConfigDict
+  model: base.Classifier
+  info: base.ModelInfo
+  mesh: jax.sharding.Mesh
+  total: int
+  factor: Callable[[jax.Array], jax.Array]
+  optimizer: Any
+  every: dict[str, int]
+  init: Callable[[], tuple[state.TrainState, state.Window]]
+  shapes: tuple[Any, Any]
+  places: tuple[Any, Any]
+
+
+def prepare(config: ml_collections.ConfigDict, *, with_data: bool = True) -> Plan:
+  """Checks everything that can be checked without compiling, and refuses in one sentence.
+
+  Raises:
+    ValueError, FileNotFoundError: naming the value, what is allowed and the nearest fix.
+  """
+  config = ml_collections.ConfigDict(config.copy_and_resolve_references())
+  size = str(config.image_size)
+  for key in ('train_ops', 'eval_ops'):
+    config.data[key] = tuple(op.replace('{size}', size) for op in config.data[key])
+  if with_data:
+    data = pipeline.dataset_info(config.data)
+    if config.data.num_classes not in (0, data.num_classes):
+      raise ValueError(
+        f'config.data.num_classes is {config.data.num_classes} but {config.data.name} has '
+        f'{data.num_classes}: leave it 0 to take what the data set says'
+      )
+    config.data.num_classes, config.data.num_train = data.num_classes, data.num_train
+  elif not (config.data.num_classes and config.data.num_train):
+    raise ValueError('without data, config.data.num_classes and num_train must be given')
+  losses.classification(jnp.zeros((1, 1)), jnp.zeros((1, 1)), config.loss.kind)
+
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  share = mesh.size * config.accumulate
+  config.eval.batch_size = config.eval.batch_size or config.batch_size
+  for key, value, unit in (
+    ('batch_size', config.batch_size, share),
+    ('eval.batch_size', config.eval.batch_size, mesh.size),
+  ):
+    if value < 1 or value % unit:
+      raise ValueError(
+        f'config.{key} {value} is not a multiple of {unit} ({mesh.size} devices'
+        f'{f" x {config.accumulate} micro-batches" if unit != mesh.size else ""}): the nearest are '
+        f'{value // unit * unit or unit} and {(value // unit + 1) * unit}'
+      )
+  to_steps = functools.partial(
+    schedule.steps, num_examples=config.data.num_train, batch_size=config.batch_size
+  )
+  total = to_steps(config.total)
+  if total < 1:
+    raise ValueError(f'config.total {config.total!r} is no step of {config.batch_size} images')
+  every = {
+    'log': max(1, to_steps(config.log_every)),
+    'eval': max(1, to_steps(config.eval.every)),
+    'checkpoint': max(1, to_steps(config.checkpoint.every)),
+  }
+  factor = schedule.relative(config.schedule, total=total, to_steps=to_steps)
+
+  model = checkpoint.create_model(config)
+  info = registry.create_model(config.model.name, image_size=config.image_size)[1]
+  variables = convert.abstract_variables(model, info)
+  tx = optimizer.make(config.optimizer, factor, variables['params'])
+
+  def init() -> tuple[state.TrainState, state.Window]:
+    images = jnp.zeros((1, *info.image_size, 3), jnp.float32)
+    fresh = model.init(jax.random.key(config.seed), images, train=False)
+    return state.create(fresh, tx, averaged=config.ema.decay > 0), state.new_window()
+
+  shapes = jax.eval_shape(init)
+  places = (
+    sharding.shardings(shapes[0], mesh, config.sharding_rules),
+    sharding.shardings(shapes[1], mesh),
+  )
+  return Plan(config.lock(), model, info, mesh, total, factor, tx, every, init, shapes, places)
+
+
+def dry_run(config: ml_collections.ConfigDict) -> None:
+  """Prints what a run would be, without touching data."""
+  plan = prepare(config, with_data=False)
+  config, (shapes, _), (places, _) = plan.config, plan.shapes, plan.places
+  count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
+  macs = va.count_macs(plan.model, image_size=plan.info.image_size)
+  held = sharding.bytes_per_device(shapes, places)
+  per_device = config.batch_size // plan.mesh.size
+  print(f'model         {config.model.name}, {config.image_size} pixels, {config.model.dtype}')
+  print(f'parameters    {count:,}')
+  print(f'multiply-adds {macs / 1e9:.3f} G per image, forward')
+  print(f'state         {held / 2**20:.1f} MiB per device (parameters, moments, averages)')
+  print(
+    f'mesh          {dict(plan.mesh.shape)} of {plan.mesh.size} {jax.default_backend()} devices'
+  )
+  print(
+    f'batch         {config.batch_size} = {per_device} per device, {config.accumulate} micro-batches'
+  )
+  print(f'steps         {plan.total} ({config.total}); every {plan.every}')
+
+
+def _start(plan: Plan) -> tuple[state.TrainState, state.Window]:
+  """Makes the state before the first step: fresh, or from the variables of `config.init`."""
+  fresh, window = jax.jit(plan.init, out_shardings=plan.places)()
+  config = plan.config
+  if not config.init.path:
+    return fresh, window
+  if config.init.source:
+    loaded = convert.load_reference(config.model.name, config.init.path, source=config.init.source)
+  else:
+    loaded = checkpoint.load_variables(config.init.path)
+  init = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
+  init = {key: value for key, value in jax.device_get(init).items() if value}
+  variables, report = transfer.transfer(config.model.name, loaded, init)
+  logging.info('started from %s: %s', config.init.path, report)
+  create = functools.partial(state.create, optimizer=plan.optimizer, averaged=config.ema.decay > 0)
+  return jax.jit(create, out_shardings=plan.places[0])(variables), window
+
+
+def _check_same_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """A folder holds one run: another config in it is refused, not mixed in."""
+  path = workdir / checkpoint.CONFIG
+  new = json.loads(config.to_json_best_effort())
+  if path.exists() and checkpoint.steps_of(workdir):
+    flat = [_flat(tree) for tree in (json.loads(path.read_text()), new)]
+    changed = [
+      f'{key}: {flat[0].get(key)!r} -> {flat[1].get(key)!r}'
+      for key in sorted(flat[0].keys() | flat[1].keys())
+      if flat[0].get(key) != flat[1].get(key)
+      and not any(key == v or key.startswith(f'{v}.') for v in VOLATILE)
+    ]
+    if changed:
+      raise ValueError(
+        f'{workdir} holds a run of another config ({"; ".join(changed)}): pass another --workdir, '
+        'or the same config'
+      )
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps(new, indent=2))
+    partial.replace(path)
+
+
+def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
+  if not isinstance(tree, dict):
+    return {prefix[:-1]: tree}
+  return {k: v for key, sub in tree.items() for k, v in _flat(sub, f'{prefix}{key}.').items()}
+
+
+def _to_devices(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  place = sharding.batch_sharding(mesh)
+  return {key: jax.make_array_from_process_local_data(place, x) for key, x in batch.items()}
+
+
+class _Evaluator:
+  """Evaluates raw and averaged weights on the whole split."""
+
+  def __init__(self, plan: Plan):
+    data, self._mesh = plan.config.data, plan.mesh
+    self._step = jax.jit(evaluate.make_eval_step(plan.model.apply, data.mean, data.std))
+    self._batches = pipeline.eval_batches(
+      data,
+      batch_size=plan.config.eval.batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def __call__(
+    self, now: state.TrainState, interrupted: Callable[[], bool] = lambda: False
+  ) -> dict[str, float] | None:
+    """Returns metrics named `eval/...` and, of averages, `eval_ema/...`; None if interrupted."""
+    found: dict[str, float] = {}
+    weights = {'eval': (now.params, now.batch_stats)}
+    if now.ema_params is not None:
+      weights['eval_ema'] = (now.ema_params, now.ema_batch_stats)
+    for name, (params, batch_stats) in weights.items():
+      batches: Iterator = (_to_devices(self._mesh, batch) for batch in self._batches)
+      result = evaluate.evaluate(
+        self._step,
+        {'params': params, 'batch_stats': batch_stats},
+        batches,
+        self._batches.num_examples,
+        interrupted,
+      )
+      if result is None:
+        return None
+      found |= {f'{name}/{key}': value for key, value in result.items()}
+    return found
+
+
+def best_name(found: dict[str, float]) -> str:
+  """Returns whose accuracy counts: the averaged weights' where there are any."""
+  return 'eval_ema' if 'eval_ema/top1' in found else 'eval'
+
+
+def _report(found: dict[str, float]) -> None:
+  name = best_name(found)
+  logging.info(
+    'test accuracy %.2f %% (%d of %d test images%s)',
+    found[f'{name}/top1'],
+    found[f'{name}/correct'],
+    found[f'{name}/count'],
+    ', averaged weights' if name == 'eval_ema' else '',
+  )
+
+
+def evaluate_only(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
+  """Evaluates the latest checkpoint of a run, raw and averaged weights, on the exact split."""
+  plan = prepare(config)
+  steps = checkpoint.steps_of(workdir)
+  if not steps:
+    raise FileNotFoundError(f'{workdir} has no checkpoint to evaluate: train first')
+  now = plan.shapes[0]
+  parts = {}
+  for prefix, ema in (('', False), ('ema_', True)):
+    has = now.ema_params is not None or not ema
+    loaded = checkpoint.load_variables(workdir, ema=ema, step=steps[-1]) if has else {}
+    parts[f'{prefix}params'] = loaded.get('params')
+    parts[f'{prefix}batch_stats'] = loaded.get('batch_stats', {} if has else None)
+  parts = {
+    key: jax.tree.map(jax.device_put, value, getattr(plan.places[0], key))
+    for key, value in parts.items()
+  }
+  found = _Evaluator(plan)(dataclasses.replace(now, **parts))
+  assert found is not None
+  for name in sorted({key.split('/')[0] for key in found}):
+    print(
+      f'step {steps[-1]} {name}: top-1 {found[f"{name}/top1"]:.3f} %, top-5 '
+      f'{found[f"{name}/top5"]:.3f} %, loss {found[f"{name}/loss"]:.5f}, '
+      f'{found[f"{name}/count"]} test images'
+    )
+  return found
+
+
+def train_and_evaluate(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> dict[str, float]:
+  """Trains to the end, from wherever the run in `workdir` stands; returns the last evaluation."""
+  # -- Check. SIGTERM from here on means: save at the next step, then leave.
+  plan = prepare(config)
+  config, total, every = plan.config, plan.total, plan.every
+  _check_same_run(config, workdir)
+  terminated: list[int] = []
+  signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
+
+  # -- Restore: the run's own checkpoint, else config.init, else fresh parameters.
+  manager = checkpoint.Manager(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_best)
+  start = manager.latest_step()
+  if start is None:
+    start, (now, window) = 0, _start(plan)
+  else:
+    place = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+    targets = jax.tree.map(place, plan.shapes, plan.places)
+    now, window = manager.restore(start, *targets)
+    logging.info('resumed at step %d of %d from %s', start, total, workdir)
+
+  # -- Input and compiled steps.
+  batches = pipeline.train_batches(
+    config.data,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    start_step=start,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  train_step = jax.jit(
+    state.make_train_step(plan.model.apply, plan.optimizer, config, config.data.num_classes),
+    donate_argnums=0,
+    out_shardings=plan.places,
+  )
+  evaluator = _Evaluator(plan)
+  writer = metrics.Writer(workdir, start, jax.process_index() == 0)
+  clock = metrics.Clock(start, total, config.batch_size, plan.mesh.size)
+
+  def check_finite() -> None:
+    bad = int(window.bad_step)
+    if bad >= 0:
+      manager.wait()
+      raise FloatingPointError(
+        f'loss or gradient of step {bad} is not finite; the last good checkpoint is step '
+        f'{manager.latest_step()} in {workdir}: lower the learning rate or clip gradients'
+      )
+
+  def log(step: int) -> state.Window:
+    check_finite()
+    sums = jax.device_get(window)
+    values = {
+      'train/loss': float(sums.loss / sums.steps),
+      'train/grad_norm': float(sums.grad_norm / sums.steps),
+      'train/corrupt': int(sums.corrupt),
+      'train/learning_rate': config.optimizer.learning_rate * float(plan.factor(step - 1)),
+    }
+    speed = clock.lap(step)
+    writer.write(step, values)
+    writer.write(step, speed, timing=True)
+    metrics.log_progress(step, total, values, speed)
+    return jax.jit(state.new_window, out_shardings=plan.places[1])()
+
+  def run_evaluation(step: int) -> dict[str, float] | None:
+    began = time.monotonic()
+    found = evaluator(now, lambda: bool(terminated))
+    if found is not None:
+      writer.write(step, found)
+      _report(found)
+    clock.pause(time.monotonic() - began)
+    return found
+
+  def save(step: int, found: dict[str, float] | None) -> None:
+    began = time.monotonic()
+    check_finite()
+    scores = {'top1': found[f'{best_name(found)}/top1']} if found else None
+    manager.save(step, now, window, config, scores)
+    clock.pause(time.monotonic() - began)
+
+  # -- Train. Only logging, evaluation and checkpoints wait for the devices.
+  found = None
+  evaluation_due = lambda step: step % every['eval'] == 0 or step == total
+  if start and evaluation_due(start) and not writer.has(start, 'eval/top1'):
+    # The run was ended between this step and its evaluation.
+    found = run_evaluation(start)
+  running: collections.deque = collections.deque()
+  for step in range(start + 1, total + 1):
+    if step == config.profile.start:
+      jax.profiler.start_trace(str(workdir / 'profile'))
+    began = time.monotonic()
+    batch = _to_devices(plan.mesh, next(batches))
+    clock.wait(time.monotonic() - began)
+    now, window = train_step(now, window, batch)
+    running.append(window.loss)
+    if len(running) > 2:
+      # Two steps in flight keep the devices busy; more would only pile up batches.
+      running.popleft().block_until_ready()
+    if step == config.profile.start + config.profile.steps - 1 and config.profile.start >= 0:
+      jax.block_until_ready(now)
+      jax.profiler.stop_trace()
+
+    if step % every['log'] == 0 or step == total:
+      window = log(step)
+    found = run_evaluation(step) if evaluation_due(step) and not terminated else None
+    stop = bool(terminated) or manager.reached_preemption(step)
+    if found or stop or step % every['checkpoint'] == 0:
+      save(step, found)
+    if stop:
+      manager.close()
+      logging.info('saved step %d of %d after SIGTERM', step, total)
+      sys.stdout.flush()
+      os._exit(PREEMPTED)
+
+  manager.close()
+  writer.close()
+  if found is None:
+    found = run_evaluation(total)
+  if found is None:
+    os._exit(PREEMPTED)
+  return found
