@@ -1,12 +1,13 @@
 """Trains, evaluates or describes a run: `python main.py --config=configs/coatnet0.py`."""
 
-import logging as python_logging
+import logging
 import os
 import pathlib
 import sys
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 import train
@@ -30,10 +31,14 @@ def _initialize_processes() -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
-  logging.set_verbosity(logging.INFO)
-  python_logging.getLogger('absl').setLevel(python_logging.INFO)
-  for noisy in ('orbax', 'jax', 'grain'):
-    python_logging.getLogger(noisy).setLevel(python_logging.WARNING)
+  # Progress has a logger of its own; of the libraries, which use absl's, only warnings are shown.
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter('%(asctime)s  %(message)s', '%H:%M:%S'))
+  logger = logging.getLogger('vision_attention')
+  logger.addHandler(handler)
+  logger.setLevel(logging.INFO)
+  logger.propagate = False
   _initialize_processes()
   config = FLAGS.config
   if config.compile_cache and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
@@ -49,7 +54,7 @@ def main(argv: list[str]) -> None:
       train.train_and_evaluate(config, workdir)
   except (ValueError, FileNotFoundError, FloatingPointError) as error:
     # What the user can put right is said in one message; a traceback is for our own mistakes.
-    logging.debug('refused', exc_info=True)
+    logger.debug('refused', exc_info=True)
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
 

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -20,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import logging
 
 import vision_attention as va
 from vision_attention import checkpoint, convert
@@ -36,6 +36,7 @@ from vision_attention.training import (
   state,
 )
 
+logger = logging.getLogger('vision_attention')
 # Config keys that do not change what is computed, so that a run may go on with other values.
 VOLATILE = ('log_every', 'checkpoint', 'profile', 'compile_cache', 'mesh', 'data.data_dir')
 VOLATILE += ('data.num_threads', 'data.num_workers', 'data.prefetch')
@@ -140,9 +141,8 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
   print(
     f'mesh          {dict(plan.mesh.shape)} of {plan.mesh.size} {jax.default_backend()} devices'
   )
-  print(
-    f'batch         {config.batch_size} = {per_device} per device, {config.accumulate} micro-batches'
-  )
+  print(f'batch         {config.batch_size} images, {per_device} per device')
+  print(f'micro-batches {config.accumulate}')
   print(f'steps         {plan.total} ({config.total}); every {plan.every}')
 
 
@@ -159,7 +159,7 @@ def _start(plan: Plan) -> tuple[state.TrainState, state.Window]:
   init = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
   init = {key: value for key, value in jax.device_get(init).items() if value}
   variables, report = transfer.transfer(config.model.name, loaded, init)
-  logging.info('started from %s: %s', config.init.path, report)
+  logger.info('started from %s: %s', config.init.path, report)
   create = functools.partial(state.create, optimizer=plan.optimizer, averaged=config.ema.decay > 0)
   return jax.jit(create, out_shardings=plan.places[0])(variables), window
 
@@ -242,7 +242,7 @@ def best_name(found: dict[str, float]) -> str:
 
 def _report(found: dict[str, float]) -> None:
   name = best_name(found)
-  logging.info(
+  logger.info(
     'test accuracy %.2f %% (%d of %d test images%s)',
     found[f'{name}/top1'],
     found[f'{name}/correct'],
@@ -299,7 +299,7 @@ def train_and_evaluate(
     place = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
     targets = jax.tree.map(place, plan.shapes, plan.places)
     now, window = manager.restore(start, *targets)
-    logging.info('resumed at step %d of %d from %s', start, total, workdir)
+    logger.info('resumed at step %d of %d from %s', start, total, workdir)
 
   # -- Input and compiled steps.
   batches = pipeline.train_batches(
@@ -389,7 +389,7 @@ def train_and_evaluate(
       save(step, found)
     if stop:
       manager.close()
-      logging.info('saved step %d of %d after SIGTERM', step, total)
+      logger.info('saved step %d of %d after SIGTERM', step, total)
       sys.stdout.flush()
       os._exit(PREEMPTED)
 

@@ -46,8 +46,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     return _local(config, data, args)
   common.use_data(config, args.data)
   config.image_size = args.size or 224
-  # The paper does not say what decays; the same authors' MaxViT code leaves out every bias, also the
-  # relative ones, and every norm.
+  # The paper does not say what decays; the same authors' MaxViT code leaves out every bias, also
+  # the relative ones, and every norm.
   config.optimizer.weight_decay_mask = ('/kernel$',)
   config.optimizer.clip_norm = 1.0
   if args.init or config.image_size > 224:

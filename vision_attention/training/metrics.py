@@ -1,14 +1,16 @@
 """Metrics to JSON lines, TensorBoard and the log, and the clock that says how the run is going."""
 
 import json
+import logging
 import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from absl import logging
 from tensorboardX import SummaryWriter
 
+# A logger of our own: the libraries below speak through absl's, and too much.
+logger = logging.getLogger('vision_attention')
 METRICS = 'metrics.jsonl'
 TIMING = 'timing.jsonl'
 
@@ -114,7 +116,7 @@ def log_progress(
   """Writes one line of progress to the log."""
   eta = int(speed['eta_seconds'])
   shown = '  '.join(f'{key} {value:.4g}' for key, value in values.items())
-  logging.info(
+  logger.info(
     'step %d/%d  %s  %.0f img/s  data wait %.0f %%  %.2f core-h  ETA %d:%02d:%02d',
     step,
     total,
