@@ -7,7 +7,6 @@ checkpoint with the next batch, and ends in the same state and the same metrics,
 import collections
 import dataclasses
 import functools
-import json
 import logging
 import os
 import pathlib
@@ -15,138 +14,26 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-import vision_attention as va
-from vision_attention import checkpoint, convert
+from vision_attention import checkpoint, convert, planning
 from vision_attention.data import pipeline
-from vision_attention.models import base, registry, transfer
+from vision_attention.models import transfer
 from vision_attention.training import (
   evaluate,
-  losses,
   metrics,
-  optimizer,
-  schedule,
   sharding,
   state,
 )
 
 logger = logging.getLogger('vision_attention')
-# Config keys that do not change what is computed, so that a run may go on with other values.
-VOLATILE = ('log_every', 'checkpoint', 'profile', 'compile_cache', 'mesh', 'data.data_dir')
-VOLATILE += ('data.num_threads', 'data.num_workers', 'data.prefetch')
 PREEMPTED = 143  # 128 + SIGTERM
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """A checked config with all that is derived from it, before anything is compiled."""
-
-  config: ml_collections.ConfigDict
-  model: base.Classifier
-  info: base.ModelInfo
-  mesh: jax.sharding.Mesh
-  total: int
-  factor: Callable[[jax.Array], jax.Array]
-  optimizer: Any
-  every: dict[str, int]
-  init: Callable[[], tuple[state.TrainState, state.Window]]
-  shapes: tuple[Any, Any]
-  places: tuple[Any, Any]
-
-
-def prepare(config: ml_collections.ConfigDict, *, with_data: bool = True) -> Plan:
-  """Checks everything that can be checked without compiling, and refuses in one sentence.
-
-  Raises:
-    ValueError, FileNotFoundError: naming the value, what is allowed and the nearest fix.
-  """
-  config = ml_collections.ConfigDict(config.copy_and_resolve_references())
-  size = str(config.image_size)
-  for key in ('train_ops', 'eval_ops'):
-    config.data[key] = tuple(op.replace('{size}', size) for op in config.data[key])
-  if with_data:
-    data = pipeline.dataset_info(config.data)
-    if config.data.num_classes not in (0, data.num_classes):
-      raise ValueError(
-        f'config.data.num_classes is {config.data.num_classes} but {config.data.name} has '
-        f'{data.num_classes}: leave it 0 to take what the data set says'
-      )
-    config.data.num_classes, config.data.num_train = data.num_classes, data.num_train
-  elif not (config.data.num_classes and config.data.num_train):
-    raise ValueError('without data, config.data.num_classes and num_train must be given')
-  losses.classification(jnp.zeros((1, 1)), jnp.zeros((1, 1)), config.loss.kind)
-
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  share = mesh.size * config.accumulate
-  config.eval.batch_size = config.eval.batch_size or config.batch_size
-  for key, value, unit in (
-    ('batch_size', config.batch_size, share),
-    ('eval.batch_size', config.eval.batch_size, mesh.size),
-  ):
-    if value < 1 or value % unit:
-      raise ValueError(
-        f'config.{key} {value} is not a multiple of {unit} ({mesh.size} devices'
-        f'{f" x {config.accumulate} micro-batches" if unit != mesh.size else ""}): the nearest are '
-        f'{value // unit * unit or unit} and {(value // unit + 1) * unit}'
-      )
-  to_steps = functools.partial(
-    schedule.steps, num_examples=config.data.num_train, batch_size=config.batch_size
-  )
-  total = to_steps(config.total)
-  if total < 1:
-    raise ValueError(f'config.total {config.total!r} is no step of {config.batch_size} images')
-  every = {
-    'log': max(1, to_steps(config.log_every)),
-    'eval': max(1, to_steps(config.eval.every)),
-    'checkpoint': max(1, to_steps(config.checkpoint.every)),
-  }
-  factor = schedule.relative(config.schedule, total=total, to_steps=to_steps)
-
-  model = checkpoint.create_model(config)
-  info = registry.create_model(config.model.name, image_size=config.image_size)[1]
-  variables = convert.abstract_variables(model, info)
-  tx = optimizer.make(config.optimizer, factor, variables['params'])
-
-  def init() -> tuple[state.TrainState, state.Window]:
-    images = jnp.zeros((1, *info.image_size, 3), jnp.float32)
-    fresh = model.init(jax.random.key(config.seed), images, train=False)
-    return state.create(fresh, tx, averaged=config.ema.decay > 0), state.new_window()
-
-  shapes = jax.eval_shape(init)
-  places = (
-    sharding.shardings(shapes[0], mesh, config.sharding_rules),
-    sharding.shardings(shapes[1], mesh),
-  )
-  return Plan(config.lock(), model, info, mesh, total, factor, tx, every, init, shapes, places)
-
-
-def dry_run(config: ml_collections.ConfigDict) -> None:
-  """Prints what a run would be, without touching data."""
-  plan = prepare(config, with_data=False)
-  config, (shapes, _), (places, _) = plan.config, plan.shapes, plan.places
-  count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
-  macs = va.count_macs(plan.model, image_size=plan.info.image_size)
-  held = sharding.bytes_per_device(shapes, places)
-  per_device = config.batch_size // plan.mesh.size
-  print(f'model         {config.model.name}, {config.image_size} pixels, {config.model.dtype}')
-  print(f'parameters    {count:,}')
-  print(f'multiply-adds {macs / 1e9:.3f} G per image, forward')
-  print(f'state         {held / 2**20:.1f} MiB per device (parameters, moments, averages)')
-  print(
-    f'mesh          {dict(plan.mesh.shape)} of {plan.mesh.size} {jax.default_backend()} devices'
-  )
-  print(f'batch         {config.batch_size} images, {per_device} per device')
-  print(f'micro-batches {config.accumulate}')
-  print(f'steps         {plan.total} ({config.total}); every {plan.every}')
-
-
-def _start(plan: Plan) -> tuple[state.TrainState, state.Window]:
+def _start(plan: planning.Plan) -> tuple[state.TrainState, state.Window]:
   """Makes the state before the first step: fresh, or from the variables of `config.init`."""
   fresh, window = jax.jit(plan.init, out_shardings=plan.places)()
   config = plan.config
@@ -164,36 +51,6 @@ def _start(plan: Plan) -> tuple[state.TrainState, state.Window]:
   return jax.jit(create, out_shardings=plan.places[0])(variables), window
 
 
-def _check_same_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """A folder holds one run: another config in it is refused, not mixed in."""
-  path = workdir / checkpoint.CONFIG
-  new = json.loads(config.to_json_best_effort())
-  if path.exists() and checkpoint.steps_of(workdir):
-    flat = [_flat(tree) for tree in (json.loads(path.read_text()), new)]
-    changed = [
-      f'{key}: {flat[0].get(key)!r} -> {flat[1].get(key)!r}'
-      for key in sorted(flat[0].keys() | flat[1].keys())
-      if flat[0].get(key) != flat[1].get(key)
-      and not any(key == v or key.startswith(f'{v}.') for v in VOLATILE)
-    ]
-    if changed:
-      raise ValueError(
-        f'{workdir} holds a run of another config ({"; ".join(changed)}): pass another --workdir, '
-        'or the same config'
-      )
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(new, indent=2))
-    partial.replace(path)
-
-
-def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
-  if not isinstance(tree, dict):
-    return {prefix[:-1]: tree}
-  return {k: v for key, sub in tree.items() for k, v in _flat(sub, f'{prefix}{key}.').items()}
-
-
 def _to_devices(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   place = sharding.batch_sharding(mesh)
   return {key: jax.make_array_from_process_local_data(place, x) for key, x in batch.items()}
@@ -202,7 +59,7 @@ def _to_devices(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[s
 class _Evaluator:
   """Evaluates raw and averaged weights on the whole split."""
 
-  def __init__(self, plan: Plan):
+  def __init__(self, plan: planning.Plan):
     data, self._mesh = plan.config.data, plan.mesh
     self._step = jax.jit(evaluate.make_eval_step(plan.model.apply, data.mean, data.std))
     self._batches = pipeline.eval_batches(
@@ -251,9 +108,14 @@ def _report(found: dict[str, float]) -> None:
   )
 
 
+def dry_run(config: ml_collections.ConfigDict) -> None:
+  """Prints what a run would be, without touching data."""
+  planning.describe(planning.prepare(config, with_data=False))
+
+
 def evaluate_only(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
   """Evaluates the latest checkpoint of a run, raw and averaged weights, on the exact split."""
-  plan = prepare(config)
+  plan = planning.prepare(config)
   steps = checkpoint.steps_of(workdir)
   if not steps:
     raise FileNotFoundError(f'{workdir} has no checkpoint to evaluate: train first')
@@ -284,9 +146,9 @@ def train_and_evaluate(
 ) -> dict[str, float]:
   """Trains to the end, from wherever the run in `workdir` stands; returns the last evaluation."""
   # -- Check. SIGTERM from here on means: save at the next step, then leave.
-  plan = prepare(config)
+  plan = planning.prepare(config)
   config, total, every = plan.config, plan.total, plan.every
-  _check_same_run(config, workdir)
+  planning.check_same_run(config, workdir)
   terminated: list[int] = []
   signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
 
@@ -347,7 +209,8 @@ def train_and_evaluate(
     began = time.monotonic()
     found = evaluator(now, lambda: bool(terminated))
     if found is not None:
-      writer.write(step, found)
+      if not writer.has(step, 'eval/top1'):
+        writer.write(step, found)
       _report(found)
     clock.pause(time.monotonic() - began)
     return found

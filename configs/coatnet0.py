@@ -134,7 +134,7 @@ def _local(
   if args.variant != 'coatnet_0' or args.size or args.init:
     raise ValueError('local is a model and recipe of its own: only data goes with it')
   config.image_size = 32
-  config.batch_size = 128
+  config.batch_size = 64
   config.model.dtype = 'float32'
   config.model.options = {
     'depths': (1, 1, 2, 1),
@@ -149,20 +149,21 @@ def _local(
   config.data.mean = (0.3, 0.3, 0.3)
   config.data.std = (0.35, 0.35, 0.35)
   config.data.num_threads = 2
-  config.total = '40 epochs'
+  config.total = '60 epochs'
   if data == 'fashion_mnist':
     config.data.train_ops = (*config.data.train_ops, 'flip()')
     config.total = '6 epochs'
   config.mixing.mixup_alpha = 0.2
-  config.mixing.prob = 0.5
+  config.mixing.prob = 0.2
   config.loss.label_smoothing = 0.1
-  config.optimizer.learning_rate = 3e-3
+  config.optimizer.learning_rate = 2e-3
   config.optimizer.weight_decay = 0.05
   config.optimizer.clip_norm = 1.0
   config.schedule.warmup = '3 epochs' if data == 'digits' else '200 steps'
   config.schedule.final = 0.01
   config.ema.decay = 0.99
-  config.log_every = '20 steps'
+  config.ema.warmup = True
+  config.log_every = '50 steps'
   config.eval.every = '10 epochs' if data == 'digits' else '1 epochs'
   config.checkpoint.every = '200 steps'
   return config

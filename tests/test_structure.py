@@ -24,10 +24,12 @@ ALLOWED = {
   'models': {'errors'} | _BELOW_MODELS,
   'data': {'errors'},
   'training': {'errors', 'ops'},
-  'weights': {'errors', 'models.tree'},
+  'weights': {'errors', 'torch_file'},
   'macs': {'errors', 'models'},
   'convert': {'errors', 'weights', 'models'} | _BELOW_MODELS,
   'checkpoint': {'errors', 'weights', 'models', 'training'},
+  'planning': {'errors', 'checkpoint', 'convert', 'macs', 'data', 'models', 'training'},
+  'torch_file': set(),
 }
 
 

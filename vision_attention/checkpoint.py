@@ -145,22 +145,39 @@ def load_variables(
   path = pathlib.Path(path).expanduser()
   if path.suffix in ('.safetensors', '.npz'):
     return tree.unflatten(weights.read(path))
-  folder = _step_folder(path, step) / 'state'
-  handler = ocp.PyTreeCheckpointHandler()
-  with ocp.Checkpointer(handler) as checkpointer:
-    saved = checkpointer.metadata(folder).item_metadata.tree
-    has_ema = bool(saved.get('ema_params'))
-    if ema and not has_ema:
-      raise ValueError(f'{path} has no averaged weights: pass ema=False')
-    prefix = 'ema_' if (has_ema if ema is None else ema) else ''
-    keys = [key for key in ('params', 'batch_stats') if saved.get(prefix + key)]
-    item = {prefix + key: saved[prefix + key] for key in keys}
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    restored = checkpointer.restore(
-      folder,
-      args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
-    )
+  folder = _step_folder(path, step)
+  saved = _metadata(folder)
+  has_ema = bool(saved.get('ema_params'))
+  if ema and not has_ema:
+    raise ValueError(f'{path} has no averaged weights: pass ema=False')
+  prefix = 'ema_' if (has_ema if ema is None else ema) else ''
+  keys = [key for key in ('params', 'batch_stats') if saved.get(prefix + key)]
+  restored = _restore_numpy(folder, {prefix + key: saved[prefix + key] for key in keys})
   return {key: restored[prefix + key] for key in keys}
+
+
+def load_state(path: str | pathlib.Path, *, step: int | None = None) -> dict[str, np.ndarray]:
+  """Loads everything a checkpoint holds of a run's state as numpy arrays by path."""
+  folder = _step_folder(path, step)
+  restored = _restore_numpy(folder, _metadata(folder))
+  leaves = jax.tree_util.tree_leaves_with_path(restored)
+  return {jax.tree_util.keystr(key, simple=True, separator='/'): leaf for key, leaf in leaves}
+
+
+def _metadata(folder: pathlib.Path) -> Any:
+  handler = ocp.PyTreeCheckpointHandler()
+  try:
+    return handler.metadata(folder / 'state').tree
+  finally:
+    handler.close()
+
+
+def _restore_numpy(folder: pathlib.Path, item: Any) -> Any:
+  """Restores part of a state without the devices that it was saved on."""
+  restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+  args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    return checkpointer.restore(folder / 'state', args=args)
 
 
 def save_variables(path: str | pathlib.Path, variables: Mapping[str, Any]) -> None:
