@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
   config = FLAGS.config
   if config.compile_cache and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(config.compile_cache))
-  name = pathlib.Path(flags.FLAGS['config'].config_filename).stem
+  name = pathlib.Path(config_flags.get_config_filename(FLAGS['config'])).stem
   workdir = pathlib.Path(FLAGS.workdir or pathlib.Path('runs') / name)
   try:
     if FLAGS.mode == 'dry_run':

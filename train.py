@@ -14,9 +14,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from vision_attention import checkpoint, convert, planning
@@ -108,12 +108,12 @@ def _report(found: dict[str, float]) -> None:
   )
 
 
-def dry_run(config: ml_collections.ConfigDict) -> None:
+def dry_run(config: Any) -> None:
   """Prints what a run would be, without touching data."""
   planning.describe(planning.prepare(config, with_data=False))
 
 
-def evaluate_only(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
+def evaluate_only(config: Any, workdir: pathlib.Path) -> dict[str, float]:
   """Evaluates the latest checkpoint of a run, raw and averaged weights, on the exact split."""
   plan = planning.prepare(config)
   steps = checkpoint.steps_of(workdir)
@@ -141,9 +141,7 @@ def evaluate_only(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> d
   return found
 
 
-def train_and_evaluate(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> dict[str, float]:
+def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
   """Trains to the end, from wherever the run in `workdir` stands; returns the last evaluation."""
   # -- Check. SIGTERM from here on means: save at the next step, then leave.
   plan = planning.prepare(config)

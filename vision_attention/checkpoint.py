@@ -10,6 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from vision_attention import weights
@@ -58,7 +59,7 @@ class Manager:
     step: int,
     state: Any,
     window: Any,
-    config: ml_collections.ConfigDict,
+    config: Any,
     metrics: Mapping[str, float] | None,
   ) -> None:
     """Begins to save; returns when the arrays may change again."""
@@ -167,7 +168,7 @@ def load_state(path: str | pathlib.Path, *, step: int | None = None) -> dict[str
 def _metadata(folder: pathlib.Path) -> Any:
   handler = ocp.PyTreeCheckpointHandler()
   try:
-    return handler.metadata(folder / 'state').tree
+    return handler.metadata(epath.Path(folder / 'state')).tree
   finally:
     handler.close()
 
@@ -187,7 +188,7 @@ def save_variables(path: str | pathlib.Path, variables: Mapping[str, Any]) -> No
 
 def load(
   path: str | pathlib.Path, *, ema: bool | None = None, step: int | None = None
-) -> tuple[base.Classifier, dict[str, Any], ml_collections.ConfigDict]:
+) -> tuple[base.Classifier, dict[str, Any], Any]:
   """Loads a run: its model, variables and config. See `load_variables`."""
   folder = _step_folder(path, step)
   config = ml_collections.ConfigDict(json.loads((folder / 'config' / 'metadata').read_text()))
@@ -195,7 +196,7 @@ def load(
   return model, load_variables(folder, ema=ema), config
 
 
-def create_model(config: ml_collections.ConfigDict) -> base.Classifier:
+def create_model(config: Any) -> base.Classifier:
   """Creates the model of a run's config."""
   options = {key: _tuples(value) for key, value in config.model.options.to_dict().items()}
   model, _ = registry.create_model(

@@ -49,16 +49,20 @@ def _count(jaxpr: core.Jaxpr) -> int:
   return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
+def _shape(variable: Any) -> tuple[int, ...]:
+  return variable.aval.shape
+
+
 def _count_equation(equation: core.JaxprEqn) -> int:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
     (contracted, _), _ = params['dimension_numbers']
-    shape = equation.invars[0].aval.shape
-    return math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+    shape = _shape(equation.invars[0])
+    return math.prod(_shape(equation.outvars[0])) * math.prod(shape[i] for i in contracted)
   if name == 'conv_general_dilated':
-    kernel = equation.invars[1].aval.shape
+    kernel = _shape(equation.invars[1])
     outputs = kernel[params['dimension_numbers'].rhs_spec[0]]
-    return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
+    return math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // outputs
   if name == 'scan':
     return params['length'] * _count(params['jaxpr'].jaxpr)
   if name == 'while':

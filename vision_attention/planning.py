@@ -26,12 +26,12 @@ VOLATILE += ('data.num_threads', 'data.num_workers', 'data.prefetch')
 class Plan:
   """A checked config with all that is derived from it, before anything is compiled."""
 
-  config: ml_collections.ConfigDict
+  config: Any
   model: base.Classifier
   info: base.ModelInfo
   mesh: jax.sharding.Mesh
   total: int
-  factor: Callable[[jax.Array], jax.Array]
+  factor: Callable[[Any], jax.Array]
   optimizer: Any
   every: dict[str, int]
   init: Callable[[], tuple[state.TrainState, state.Window]]
@@ -39,7 +39,7 @@ class Plan:
   places: tuple[Any, Any]
 
 
-def prepare(config: ml_collections.ConfigDict, *, with_data: bool = True) -> Plan:
+def prepare(config: Any, *, with_data: bool = True) -> Plan:
   """Checks everything that can be checked without compiling, and refuses in one sentence.
 
   Raises:
@@ -124,7 +124,7 @@ def describe(plan: Plan) -> None:
   print(f'steps         {plan.total} ({config.total}); every {plan.every}')
 
 
-def check_same_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def check_same_run(config: Any, workdir: pathlib.Path) -> None:
   """A folder holds one run: another config in it is refused, not mixed in."""
   path = workdir / checkpoint.CONFIG
   new = json.loads(config.to_json_best_effort())

@@ -4,6 +4,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -68,7 +69,7 @@ def _widened(value: np.ndarray) -> np.ndarray:
   return value.astype(np.float32) if half else value
 
 
-def _state_dict(content: object, path: pathlib.Path) -> State:
+def _state_dict(content: Any, path: pathlib.Path) -> State:
   """Finds the one state dict of a checkpoint."""
   if not isinstance(content, Mapping):
     raise ValueError(f'it holds a {type(content).__name__}, not a state dict')

@@ -1,5 +1,7 @@
 """Multi-head attention pooling: one learned query gathers all tokens."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -31,7 +33,7 @@ class MapPool(nn.Module):
     batch, dim = x.shape[0], x.shape[-1]
     tokens = x.reshape(batch, -1, dim)
     init = nn.initializers.xavier_uniform()
-    types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    types: dict[str, Any] = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     probe = self.param('probe', init, (1, dim), self.param_dtype).astype(self.dtype)
 
     def heads(y: Float[Array, 'b q c'], name: str) -> Float[Array, 'b q n d']:

@@ -7,8 +7,10 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 VERSION = '1.0.0'
@@ -39,7 +41,7 @@ def digits() -> Raw:
   """
   from sklearn import datasets
 
-  data = datasets.load_digits()
+  data: Any = datasets.load_digits()
   images = np.round(data.images * (255 / 16)).astype(np.uint8)
   rank = np.zeros(len(images), int)
   for label in range(10):
@@ -198,9 +200,9 @@ def _write_split(
   shard_bytes: int,
 ):
   """Writes one split's shards, under their final names once their number is known."""
+  import array_record.python.array_record_module as array_record_module
   import tensorflow_datasets as tfds
-  from array_record.python import array_record_module
-  from tensorflow_datasets.proto import tf_example_pb2
+  from tensorflow_datasets.proto.tf_example_pb2 import Example  # pyright: ignore
 
   lengths: list[int] = []
   parts: list[pathlib.Path] = []
@@ -213,7 +215,7 @@ def _write_split(
       writer = array_record_module.ArrayRecordWriter(str(parts[-1]), 'group_size:1')
       lengths.append(0)
       size = 0
-    example = tf_example_pb2.Example()
+    example = Example()
     example.features.feature['image'].bytes_list.value.append(image)
     example.features.feature['label'].int64_list.value.append(label)
     content = example.SerializeToString()
@@ -236,7 +238,7 @@ def _write_split(
     num_bytes=total,
     filename_template=tfds.core.ShardedFileTemplate(
       dataset_name=name,
-      data_dir=folder,
+      data_dir=epath.Path(folder),
       split=split,
       filetype_suffix='array_record',
       template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',

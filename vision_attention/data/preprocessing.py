@@ -81,11 +81,11 @@ def random_resized_crop(
   def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     whole_w, whole_h = image.size
     for _ in range(10):
-      target = whole_w * whole_h * rng.uniform(*area)
+      target = whole_w * whole_h * rng.uniform(area[0], area[1])
       aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
       w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
       if 0 < w <= whole_w and 0 < h <= whole_h:
-        x, y = rng.integers(whole_w - w + 1), rng.integers(whole_h - h + 1)
+        x, y = int(rng.integers(whole_w - w + 1)), int(rng.integers(whole_h - h + 1))
         return image.resize((width, height), resample, box=(x, y, x + w, y + h))
     # No such crop lies in a very long image: take the largest in the middle.
     aspect = min(max(whole_w / whole_h, ratio[0]), ratio[1])

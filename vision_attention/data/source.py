@@ -7,6 +7,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_data_source
@@ -111,7 +112,7 @@ class Source:
 
   def __init__(self, name: str, split: str, data_dir: str | None = None):
     self.folder = find(name, data_dir)
-    info = _builder(self.folder).info
+    info: Any = _builder(self.folder).info
     base = split.split('[')[0].split('+')[0]
     if base not in info.splits:
       raise ValueError(f'data set {name!r} has no split {base!r}: it has {sorted(info.splits)}')
@@ -132,7 +133,7 @@ class Source:
     return self._starts[-1]
 
   def __getitem__(self, index: int) -> Record:
-    from tensorflow_datasets.proto import tf_example_pb2
+    from tensorflow_datasets.proto.tf_example_pb2 import Example  # pyright: ignore
 
     index = int(index)
     if not 0 <= index < len(self):
@@ -140,7 +141,7 @@ class Source:
     part = bisect.bisect_right(self._starts, index) - 1
     path, skip, _ = self._parts[part]
     row = index - self._starts[part] + skip
-    example = tf_example_pb2.Example.FromString(_open(path, self._is_array_record)[row])
+    example = Example.FromString(_open(path, self._is_array_record)[row])
     features = example.features.feature
     return Record(
       image=features['image'].bytes_list.value[0],

@@ -272,12 +272,14 @@ def build(
   errors.check_choice('shortcut', shortcut, ('conv', 'avg'))
   if wide != 1 and block == 'basic':
     raise ValueError(f'wide={wide} widens bottlenecks; basic blocks take width')
-  attend = None
+  attend: ModuleDef | None = None
   if se_ratio:
 
-    def attend(dim: int, name: str) -> nn.Module:
+    def squeeze(dim: int, name: str) -> nn.Module:
       hidden = squeezed_dim(dim, se_ratio, se_divisor)
       return squeeze_excite.SqueezeExcite(hidden, dtype=dtype, param_dtype=param_dtype, name=name)
+
+    attend = squeeze
 
   backbone = functools.partial(
     ResNet,

@@ -10,12 +10,12 @@ _HE = 'arXiv 1512.03385; top-1 of arXiv 1904.09925, Table 2'
 _SASA = 'arXiv 1906.05909, Table 1'
 _RS = 'arXiv 2103.07579; top-1 of github.com/tensorflow/tpu, resnet_rs'
 _TIMM = 'github.com/huggingface/pytorch-image-models'
-_BASIC = {'block': 'basic'}
-_D = {'stem': 'deep', 'shortcut': 'avg'}
-_SE = {'se_ratio': 1 / 16}
+_BASIC: dict[str, Any] = {'block': 'basic'}
+_D: dict[str, Any] = {'stem': 'deep', 'shortcut': 'avg'}
+_SE: dict[str, Any] = {'se_ratio': 1 / 16}
 
 
-def _variant(depths, params, gmacs=None, top1=None, source=_TIMM, size=224, **options):
+def _variant(depths, params, gmacs=None, top1=None, source=_TIMM, size=224, **options: Any):
   return base.Variant(
     {'depths': depths, **options},
     image_size=size,
@@ -27,7 +27,7 @@ def _variant(depths, params, gmacs=None, top1=None, source=_TIMM, size=224, **op
 
 
 def _rs(depths, params, size, top1):
-  options = {'stem': 'deep_conv', 'shortcut': 'avg', 'se_ratio': 0.25}
+  options: dict[str, Any] = {'stem': 'deep_conv', 'shortcut': 'avg', 'se_ratio': 0.25}
   return _variant(depths, params, top1=top1, source=_RS, size=size, **options)
 
 

@@ -5,6 +5,7 @@ Tables and other people's names for the weights: `vit_variants.py`.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -76,7 +77,7 @@ class VisionTransformer(nn.Module):
     self, images: Float[Array, 'b h w c'], *, train: bool
   ) -> dict[str, Float[Array, 'b ...']]:
     base.check_image_size(images, self.image_size)
-    types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    types: dict[str, Any] = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     x = images.astype(self.dtype)
     if self.stem is not None:
       x = self.stem(name='stem')(x, train=train)

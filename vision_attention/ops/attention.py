@@ -13,9 +13,8 @@ def attention_logits(
   scale: float | None = None,
 ) -> Float[Array, 'b n q k']:
   """Returns `scale * query . key + bias` in float32; the scale is `d ** -0.5` unless given."""
-  if scale is None:
-    scale = query.shape[-1] ** -0.5
-  logits = jnp.einsum('bqnd,bknd->bnqk', query * scale, key, preferred_element_type=jnp.float32)
+  factor = query.shape[-1] ** -0.5 if scale is None else scale
+  logits = jnp.einsum('bqnd,bknd->bnqk', query * factor, key, preferred_element_type=jnp.float32)
   return logits if bias is None else logits + bias.astype(jnp.float32)
 
 

@@ -154,7 +154,7 @@ def _conv(x: jax.Array, kernel: jax.Array, spec: _Spec) -> jax.Array:
   return _choose(form and on_cpu, lambda x, kernel: _lax_conv(x, kernel, spec), x, kernel)
 
 
-def _conv_fwd(x: jax.Array, kernel: jax.Array, spec: _Spec) -> tuple[jax.Array, Any]:
+def _conv_fwd(x: jax.Array, kernel: jax.Array, spec: _Spec) -> tuple[Any, Any]:
   return _conv(x, kernel, spec), (x, kernel)
 
 
@@ -231,7 +231,7 @@ def _max_pool(x: jax.Array, spec: _Pool) -> jax.Array:
   return _choose(on_cpu if square else None, lambda x: _lax_max(x, spec), x)
 
 
-def _max_pool_fwd(x: jax.Array, spec: _Pool) -> tuple[jax.Array, Any]:
+def _max_pool_fwd(x: jax.Array, spec: _Pool) -> tuple[Any, Any]:
   y = _max_pool(x, spec)
   return y, (x, y)
 
@@ -271,7 +271,7 @@ def avg_pool(
     count_include_pad: whether a window divides by its size, or by its pixels within the map.
   """
   spec = _pool_spec(x, window, stride, padding)
-  total = _sum_pool(x, spec)
+  total: Any = _sum_pool(x, spec)
   if count_include_pad or spec.pads == ((0, 0), (0, 0)):
     return total / math.prod(spec.size)
   inside = _reduce(jnp.ones((1, *x.shape[1:3], 1), x.dtype), 0.0, lax.add, spec)
@@ -283,7 +283,7 @@ def _lax_sum(x: jax.Array, spec: _Pool) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sum_pool(x: jax.Array, spec: _Pool) -> jax.Array:
+def _sum_pool(x: jax.Array, spec: _Pool) -> Any:
   def on_cpu(x: jax.Array) -> jax.Array:
     return cpu.sum_pool(_pad(x, spec.pads), spec.size, spec.stride[0])
 
@@ -291,7 +291,7 @@ def _sum_pool(x: jax.Array, spec: _Pool) -> jax.Array:
   return _choose(on_cpu if square else None, lambda x: _lax_sum(x, spec), x)
 
 
-def _sum_pool_fwd(x: jax.Array, spec: _Pool) -> tuple[jax.Array, Any]:
+def _sum_pool_fwd(x: jax.Array, spec: _Pool) -> tuple[Any, Any]:
   # The shape is all that the gradient needs of the input; an empty array carries it and the type.
   return _sum_pool(x, spec), jnp.zeros((*x.shape, 0), x.dtype)
 

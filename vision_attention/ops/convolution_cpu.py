@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+_Size = tuple[int, ...]
 # A weight gradient sums the taps of this many columns in one unrolled expression: enough terms for
 # the compiler to keep the rows that it reads in a small copy, few enough to compile quickly.
 _COLUMNS = 56
@@ -22,22 +23,22 @@ _COLUMNS = 56
 _TALL = 16_384
 
 
-def window(x: jax.Array, i: int, j: int, out: tuple[int, int], stride: int) -> jax.Array:
+def window(x: jax.Array, i: int, j: int, out: _Size, stride: int) -> jax.Array:
   """Returns what tap (i, j) of a kernel sees at every output position."""
   rows, columns = (stride * (n - 1) + 1 for n in out)
   return x[:, i : i + rows : stride, j : j + columns : stride]
 
 
-def out_size(x: jax.Array, size: tuple[int, int], stride: int) -> tuple[int, int]:
+def out_size(x: jax.Array, size: _Size, stride: int) -> _Size:
   """Returns height and width of the output."""
   return tuple((n - k) // stride + 1 for n, k in zip(x.shape[1:3], size, strict=True))
 
 
 def scatter_taps(
   tap: Callable[[int, int], jax.Array],
-  size: tuple[int, int],
-  out: tuple[int, int],
-  padded: tuple[int, int],
+  size: _Size,
+  out: _Size,
+  padded: _Size,
   stride: int,
 ) -> jax.Array:
   """The transpose of taking windows: `sum_ij` of `tap(i, j)` added where tap (i, j) had looked.
@@ -82,7 +83,7 @@ def _tall_product(x: jax.Array, g: jax.Array) -> jax.Array:
   rows, narrow = len(x), g.shape[1] < x.shape[1]
   if rows >= _TALL and narrow and rows % 8 == 0:
     parts = [a.reshape(8, rows // 8, -1) for a in (g, x)]
-    return lax.dot_general(*parts, (((1,), (1,)), ((0,), (0,)))).sum(0).T
+    return lax.dot_general(parts[0], parts[1], (((1,), (1,)), ((0,), (0,)))).sum(0).T
   return lax.dot_general(x, g, (((0,), (0,)), ((), ())))
 
 
@@ -93,16 +94,14 @@ def pointwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   return x[:, ::stride, ::stride] @ kernel[0, 0]
 
 
-def pointwise_dx(
-  g: jax.Array, kernel: jax.Array, padded: tuple[int, int], stride: int
-) -> jax.Array:
+def pointwise_dx(g: jax.Array, kernel: jax.Array, padded: _Size, stride: int) -> jax.Array:
   product = g @ kernel[0, 0].T
   if stride == 1:
     return product
   return scatter_taps(lambda i, j: product, (1, 1), g.shape[1:3], padded, stride)
 
 
-def pointwise_dw(x: jax.Array, g: jax.Array, size: tuple[int, int], stride: int) -> jax.Array:
+def pointwise_dw(x: jax.Array, g: jax.Array, size: _Size, stride: int) -> jax.Array:
   del size
   seen = x[:, ::stride, ::stride]
   product = _tall_product(seen.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
@@ -117,14 +116,15 @@ def depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   height, width = kernel.shape[:2]
   out = out_size(x, (height, width), stride)
   rows = [
-    sum(window(x, i, j, out, stride) * kernel[i, j, 0] for j in range(width)) for i in range(height)
+    functools.reduce(
+      jnp.add, (window(x, i, j, out, stride) * kernel[i, j, 0] for j in range(width))
+    )
+    for i in range(height)
   ]
   return functools.reduce(jnp.add, rows)
 
 
-def depthwise_dx(
-  g: jax.Array, kernel: jax.Array, padded: tuple[int, int], stride: int
-) -> jax.Array:
+def depthwise_dx(g: jax.Array, kernel: jax.Array, padded: _Size, stride: int) -> jax.Array:
   size = kernel.shape[:2]
   if stride == 1:
     edges = [(k - 1, p - n) for k, p, n in zip(size, padded, g.shape[1:3], strict=True)]
@@ -132,7 +132,7 @@ def depthwise_dx(
   return scatter_taps(lambda i, j: g * kernel[i, j, 0], size, g.shape[1:3], padded, stride)
 
 
-def depthwise_dw(x: jax.Array, g: jax.Array, size: tuple[int, int], stride: int) -> jax.Array:
+def depthwise_dw(x: jax.Array, g: jax.Array, size: _Size, stride: int) -> jax.Array:
   """Loops over rows of the output; within one, every column's taps are summed in registers."""
   batch, height, width, dim = g.shape
   rows = 1 if width >= 28 else 2
@@ -219,7 +219,7 @@ def _transposed(matrix: _Matrix) -> _Matrix:
   return np.transpose(matrix).tolist()
 
 
-def _tiles(x: jax.Array, out: tuple[int, int], step: int) -> tuple[_Grid, tuple[int, int]]:
+def _tiles(x: jax.Array, out: _Size, step: int) -> tuple[_Grid, _Size]:
   """Returns the (step + 2)^2 positions of overlapping tiles, each for all tiles, and a count."""
   count = tuple(-(-n // step) for n in out)
   fill = [(0, max(0, step * n + 2 - s)) for n, s in zip(count, x.shape[1:3], strict=True)]
@@ -245,14 +245,14 @@ def winograd(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   return _winograd(x, [[kernel[i, j] for j in range(3)] for i in range(3)], 0)
 
 
-def winograd_dx(g: jax.Array, kernel: jax.Array, padded: tuple[int, int], stride: int) -> jax.Array:
+def winograd_dx(g: jax.Array, kernel: jax.Array, padded: _Size, stride: int) -> jax.Array:
   """The kernel is turned by indexing and summed over its outputs: transposing it is far slower."""
   del padded, stride
   taps = [[kernel[2 - i, 2 - j] for j in range(3)] for i in range(3)]
   return _winograd(jnp.pad(g, ((0, 0), (2, 2), (2, 2), (0, 0))), taps, 1)
 
 
-def winograd_dw(x: jax.Array, g: jax.Array, size: tuple[int, int], stride: int) -> jax.Array:
+def winograd_dw(x: jax.Array, g: jax.Array, size: _Size, stride: int) -> jax.Array:
   """F(4x4, 3x3) on large maps, F(2x2, 3x3) on small ones."""
   del size, stride
   step, bt, mg, at = (4, _BT4, _G4, _AT4) if g.shape[1] >= 28 else (2, _BT2, _G2, _AT2)
@@ -271,14 +271,14 @@ def winograd_dw(x: jax.Array, g: jax.Array, size: tuple[int, int], stride: int) 
 # -- Other dense kernels ---------------------------------------------------------------------------
 
 
-def dense_dx(g: jax.Array, kernel: jax.Array, padded: tuple[int, int], stride: int) -> jax.Array:
+def dense_dx(g: jax.Array, kernel: jax.Array, padded: _Size, stride: int) -> jax.Array:
   """One matrix product per tap."""
   return scatter_taps(
     lambda i, j: g @ kernel[i, j].T, kernel.shape[:2], g.shape[1:3], padded, stride
   )
 
 
-def dense_dw(x: jax.Array, g: jax.Array, size: tuple[int, int], stride: int) -> jax.Array:
+def dense_dw(x: jax.Array, g: jax.Array, size: _Size, stride: int) -> jax.Array:
   """One matrix product with all taps side by side."""
   out = (g.shape[1], g.shape[2])
   taps = [window(x, i, j, out, stride) for i in range(size[0]) for j in range(size[1])]
@@ -286,7 +286,7 @@ def dense_dw(x: jax.Array, g: jax.Array, size: tuple[int, int], stride: int) -> 
   return _tall_product(columns, g.reshape(-1, g.shape[-1])).reshape(*size, x.shape[-1], -1)
 
 
-def _patches(x: jax.Array, size: tuple[int, int], out: tuple[int, int]) -> jax.Array:
+def _patches(x: jax.Array, size: _Size, out: _Size) -> jax.Array:
   batch, dim = x.shape[0], x.shape[-1]
   x = x[:, : out[0] * size[0], : out[1] * size[1]]
   x = x.reshape(batch, out[0], size[0], out[1], size[1], dim).transpose(0, 1, 3, 2, 4, 5)
@@ -300,7 +300,7 @@ def patch(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   return _patches(x, size, out_size(x, size, stride)) @ flat
 
 
-def patch_dw(x: jax.Array, g: jax.Array, size: tuple[int, int], stride: int) -> jax.Array:
+def patch_dw(x: jax.Array, g: jax.Array, size: _Size, stride: int) -> jax.Array:
   del stride
   columns = _patches(x, size, (g.shape[1], g.shape[2]))
   flat = columns.reshape(-1, columns.shape[-1])
@@ -310,16 +310,14 @@ def patch_dw(x: jax.Array, g: jax.Array, size: tuple[int, int], stride: int) -> 
 # -- Pooling ---------------------------------------------------------------------------------------
 
 
-def max_pool(x: jax.Array, size: tuple[int, int], stride: int) -> jax.Array:
+def max_pool(x: jax.Array, size: _Size, stride: int) -> jax.Array:
   """The maximum of shifted slices."""
   out = out_size(x, size, stride)
   taps = (window(x, i, j, out, stride) for i in range(size[0]) for j in range(size[1]))
   return functools.reduce(jnp.maximum, taps)
 
 
-def max_pool_dx(
-  x: jax.Array, y: jax.Array, g: jax.Array, size: tuple[int, int], stride: int
-) -> jax.Array:
+def max_pool_dx(x: jax.Array, y: jax.Array, g: jax.Array, size: _Size, stride: int) -> jax.Array:
   """The first tap that equals the maximum gets the gradient, as in XLA's own form."""
   out = (g.shape[1], g.shape[2])
   shares, done = {}, jnp.zeros(y.shape, bool)
@@ -331,14 +329,12 @@ def max_pool_dx(
   return scatter_taps(lambda i, j: shares[i, j], size, out, x.shape[1:3], stride)
 
 
-def sum_pool(x: jax.Array, size: tuple[int, int], stride: int) -> jax.Array:
+def sum_pool(x: jax.Array, size: _Size, stride: int) -> jax.Array:
   """The sum of shifted slices."""
   out = out_size(x, size, stride)
   taps = (window(x, i, j, out, stride) for i in range(size[0]) for j in range(size[1]))
   return functools.reduce(jnp.add, taps)
 
 
-def sum_pool_dx(
-  g: jax.Array, padded: tuple[int, int], size: tuple[int, int], stride: int
-) -> jax.Array:
+def sum_pool_dx(g: jax.Array, padded: _Size, size: _Size, stride: int) -> jax.Array:
   return scatter_taps(lambda i, j: g, size, g.shape[1:3], padded, stride)

@@ -56,7 +56,7 @@ def _scale_by_patterns(multipliers: Sequence[tuple[str, float]]) -> optax.Gradie
   return optax.stateless(update)
 
 
-def _capped_decay(step: jax.Array, power: float) -> jax.Array:
+def _capped_decay(step: Any, power: Any) -> jax.Array:
   """Adafactor's decay of the second moment, at most 0.999 (arXiv 2106.04560, section 3.4)."""
   return jnp.minimum(0.999, 1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** (-power))
 
@@ -79,7 +79,7 @@ def _direction(config: Any, decay: optax.GradientTransformation) -> list[Any]:
 
 
 def make(
-  config: Any, factor: Callable[[jax.Array], jax.Array], params: Any
+  config: Any, factor: Callable[[Any], jax.Array], params: Any
 ) -> optax.GradientTransformation:
   """Makes the optimizer.
 

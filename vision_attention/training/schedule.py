@@ -58,7 +58,7 @@ def relative(config: Any, *, total: int, to_steps: Callable[[str], int]) -> Call
   boundaries: Sequence[int] = [to_steps(duration) for duration in config.boundaries]
   cooldown = to_steps(config.cooldown)
 
-  def factor(step: jax.Array) -> jax.Array:
+  def factor(step: Any) -> jax.Array:
     step = jnp.asarray(step, jnp.float32)
     done = jnp.clip((step - warmup) / (total - warmup), 0.0, 1.0)
     if config.kind == 'constant':
