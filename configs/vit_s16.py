@@ -30,6 +30,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     # The last hundredth of the training images is held out for choosing; report on `validation`.
     config.data.train_split = 'train[:99%]'
     config.data.num_train = 1_268_355
+    # Epochs count all training images: 112_603 steps for 90, as in the original.
+    config.total = f'{args.epochs * 1_281_167} examples'
   config.data.train_ops = (
     'random_resized_crop({size}, area=(0.05, 1.0), interpolation="bilinear")',
     'flip()',

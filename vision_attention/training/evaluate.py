@@ -20,8 +20,8 @@ def make_eval_step(apply: Callable[..., Any], mean: Any, std: Any) -> Callable[.
     counted = batch['mask'] > 0
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), batch['label'][:, None], 1)[:, 0]
     true = jnp.take_along_axis(logits, batch['label'][:, None], 1)
-    # Ties rank behind: a model that answers the same everywhere is right nowhere.
-    rank = (logits >= true).sum(-1) - 1
+    # Ties and NaN rank behind: a model that answers the same everywhere is right nowhere.
+    rank = (~(logits < true)).sum(-1) - 1
     return {
       'count': counted.sum(dtype=jnp.int32),
       'correct1': (counted & (rank < 1)).sum(dtype=jnp.int32),

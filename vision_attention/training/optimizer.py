@@ -72,7 +72,9 @@ def _direction(config: Any, decay: optax.GradientTransformation) -> list[Any]:
     # Coupled L2: the decay goes through the momentum, as a loss term would.
     return [decay, optax.trace(config.momentum, config.nesterov, accumulator_dtype=dtype)]
   return [
-    optax.scale_by_factored_rms(decay_rate=0.8, decay_rate_fn=_capped_decay),
+    optax.scale_by_factored_rms(
+      decay_rate=0.8, decay_rate_fn=_capped_decay, min_dim_size_to_factor=32
+    ),
     optax.ema(config.b1, debias=False, accumulator_dtype=dtype),
     decay,
   ]

@@ -32,7 +32,7 @@ class Window:
     loss: sum of the steps' mean losses.
     grad_norm: sum of the steps' gradient norms, before clipping.
     corrupt: number of examples that stood in for corrupt ones.
-    bad_step: the first step whose loss or gradient was not finite, or -1.
+    bad_step: the first step whose loss, gradient, parameters or statistics were not finite, or -1.
   """
 
   steps: jax.Array
@@ -139,7 +139,9 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     grad_norm = optax.global_norm(grads)
     averaged = _averaged(state, params, batch_stats, config.ema)
-    bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm)) & (window.bad_step < 0)
+    # A finite gradient, too, can carry parameters or statistics out of range.
+    finite = jax.tree.map(lambda x: jnp.isfinite(x).all(), (loss, grad_norm, params, batch_stats))
+    bad = ~jnp.stack(jax.tree.leaves(finite)).all() & (window.bad_step < 0)
     window = Window(
       steps=window.steps + 1,
       loss=window.loss + loss,
