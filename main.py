@@ -4,6 +4,7 @@ import logging
 import os
 import pathlib
 import sys
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -11,8 +12,11 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 import train
+from vision_attention import errors
+from vision_attention.training import sharding
 
 FLAGS = flags.FLAGS
+CONFIGS = [str(path) for path in pathlib.Path('configs').glob('*.py')]
 config_flags.DEFINE_config_file(
   'config', None, 'Config file, with arguments after a colon.', lock_config=True
 )
@@ -21,11 +25,25 @@ flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'dry_run'], 'What to do.')
 flags.mark_flag_as_required('config')
 
 
-def _initialize_processes() -> None:
-  """Joins the processes of a TPU slice or a cluster; one process alone needs nothing."""
-  hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '')
-  if ',' in hosts or 'JAX_COORDINATOR_ADDRESS' in os.environ or 'SLURM_JOB_ID' in os.environ:
-    jax.distributed.initialize()
+def _refuse(message: str) -> NoReturn:
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(2)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; of a mistake in it, the config files' own message is shown."""
+  try:
+    rest = FLAGS(argv)
+  except flags.Error as error:
+    _refuse(str(error).strip().splitlines()[-1].removeprefix('ValueError: '))
+  except AttributeError as error:
+    # An unknown key of the config: what was meant stands in the last line of the first cause.
+    cause = error.args[0] if error.args else error
+    _refuse(f'unknown config key: {str(getattr(cause, "args", [cause])[0]).splitlines()[-1]}')
+  path = pathlib.Path(config_flags.get_config_filename(FLAGS['config']).partition(':')[0])
+  if not path.is_file():
+    _refuse(f'there is no config file {path}: {errors.nearest(str(path), CONFIGS)}')
+  return rest
 
 
 def main(argv: list[str]) -> None:
@@ -37,9 +55,9 @@ def main(argv: list[str]) -> None:
   handler.setFormatter(logging.Formatter('%(asctime)s  %(message)s', '%H:%M:%S'))
   logger = logging.getLogger('vision_attention')
   logger.addHandler(handler)
-  logger.setLevel(logging.INFO)
+  logger.setLevel(logging.DEBUG if FLAGS.verbosity > 0 else logging.INFO)
   logger.propagate = False
-  _initialize_processes()
+  sharding.join_processes()
   config = FLAGS.config
   if config.compile_cache and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(config.compile_cache))
@@ -55,9 +73,8 @@ def main(argv: list[str]) -> None:
   except (ValueError, FileNotFoundError, FloatingPointError) as error:
     # What the user can put right is said in one message; a traceback is for our own mistakes.
     logger.debug('refused', exc_info=True)
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    _refuse(str(error))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)

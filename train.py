@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from vision_attention import checkpoint, convert, planning
 from vision_attention.data import pipeline
@@ -44,7 +45,7 @@ def _start(plan: planning.Plan) -> tuple[state.TrainState, state.Window]:
   else:
     loaded = checkpoint.load_variables(config.init.path)
   init = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
-  init = {key: value for key, value in jax.device_get(init).items() if value}
+  init = multihost_utils.process_allgather({k: v for k, v in init.items() if v}, tiled=True)
   variables, report = transfer.transfer(config.model.name, loaded, init)
   logger.info('started from %s: %s', config.init.path, report)
   create = functools.partial(state.create, optimizer=plan.optimizer, averaged=config.ema.decay > 0)
@@ -148,7 +149,9 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
   config, total, every = plan.config, plan.total, plan.every
   planning.check_same_run(config, workdir)
   terminated: list[int] = []
-  signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
+  if jax.process_count() == 1:
+    # Several processes must stop at the same step, and have JAX's own handler agree on it.
+    signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
 
   # -- Restore: the run's own checkpoint, else config.init, else fresh parameters.
   manager = checkpoint.Manager(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_best)
@@ -227,6 +230,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     # The run was ended between this step and its evaluation.
     found = run_evaluation(start)
   running: collections.deque = collections.deque()
+  profile_end = config.profile.start + config.profile.steps - 1
   for step in range(start + 1, total + 1):
     if step == config.profile.start:
       jax.profiler.start_trace(str(workdir / 'profile'))
@@ -238,7 +242,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     if len(running) > 2:
       # Two steps in flight keep the devices busy; more would only pile up batches.
       running.popleft().block_until_ready()
-    if step == config.profile.start + config.profile.steps - 1 and config.profile.start >= 0:
+    if config.profile.start > start and step == min(profile_end, total):
       jax.block_until_ready(now)
       jax.profiler.stop_trace()
 
@@ -250,6 +254,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
       save(step, found)
     if stop:
       manager.close()
+      writer.close()
       logger.info('saved step %d of %d after SIGTERM', step, total)
       sys.stdout.flush()
       os._exit(PREEMPTED)

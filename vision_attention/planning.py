@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from vision_attention import checkpoint, convert, macs
+from vision_attention import checkpoint, convert, errors, macs
 from vision_attention.data import pipeline
 from vision_attention.models import base, registry
 from vision_attention.training import losses, optimizer, schedule, sharding, state
 
+DTYPES = ('float32', 'bfloat16')
 # Config keys that do not change what is computed, so that a run may go on with other values.
 VOLATILE = ('log_every', 'checkpoint', 'profile', 'compile_cache', 'mesh', 'data.data_dir')
 VOLATILE += ('data.num_threads', 'data.num_workers', 'data.prefetch')
@@ -59,8 +61,7 @@ def prepare(config: Any, *, with_data: bool = True) -> Plan:
     config.data.num_classes, config.data.num_train = data.num_classes, data.num_train
   elif not (config.data.num_classes and config.data.num_train):
     raise ValueError('without data, config.data.num_classes and num_train must be given')
-  losses.classification(jnp.zeros((1, 1)), jnp.zeros((1, 1)), config.loss.kind)
-
+  _check_values(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   share = mesh.size * config.accumulate
   config.eval.batch_size = config.eval.batch_size or config.batch_size
@@ -81,10 +82,13 @@ def prepare(config: Any, *, with_data: bool = True) -> Plan:
   if total < 1:
     raise ValueError(f'config.total {config.total!r} is no step of {config.batch_size} images')
   every = {
-    'log': max(1, to_steps(config.log_every)),
-    'eval': max(1, to_steps(config.eval.every)),
-    'checkpoint': max(1, to_steps(config.checkpoint.every)),
+    'log': to_steps(config.log_every),
+    'eval': to_steps(config.eval.every),
+    'checkpoint': to_steps(config.checkpoint.every),
   }
+  for what, count in every.items():
+    if count < 1:
+      raise ValueError(f'the config writes {what} every 0 steps: make it at least 1 steps')
   factor = schedule.relative(config.schedule, total=total, to_steps=to_steps)
 
   model = checkpoint.create_model(config)
@@ -103,6 +107,24 @@ def prepare(config: Any, *, with_data: bool = True) -> Plan:
     sharding.shardings(shapes[1], mesh),
   )
   return Plan(config.lock(), model, info, mesh, total, factor, tx, every, init, shapes, places)
+
+
+def _check_values(config: Any) -> None:
+  """Refuses single values that nothing later would name."""
+  errors.check_choice('config.loss.kind', config.loss.kind, losses.KINDS)
+  errors.check_choice('config.model.dtype', config.model.dtype, DTYPES)
+  errors.check_choice('config.optimizer.momentum_dtype', config.optimizer.momentum_dtype, DTYPES)
+  for key, value, low, high in (
+    ('accumulate', config.accumulate, 1, math.inf),
+    ('ema.decay', config.ema.decay, 0, 1),
+    ('loss.label_smoothing', config.loss.label_smoothing, 0, 1),
+    ('mixing.prob', config.mixing.prob, 0, 1),
+    ('optimizer.learning_rate', config.optimizer.learning_rate, 0, math.inf),
+    ('optimizer.weight_decay', config.optimizer.weight_decay, 0, math.inf),
+    ('checkpoint.keep_latest', config.checkpoint.keep_latest, 1, math.inf),
+  ):
+    if not low <= value <= high:
+      raise ValueError(f'config.{key} {value} is not between {low} and {high}')
 
 
 def describe(plan: Plan) -> None:

@@ -1,6 +1,9 @@
 """Devices as a mesh of `data` and `fsdp`, and where each array lies on it."""
 
+import logging
 import math
+import os
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +14,33 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vision_attention.training import optimizer
 
+logger = logging.getLogger('vision_attention')
 AXES = ('data', 'fsdp')
 # Smaller arrays are not worth the messages that gather them.
 MIN_SIZE = 2**14
+
+
+def join_processes() -> None:
+  """Joins the processes of a TPU slice, of srun or mpirun; one process alone needs nothing.
+
+  Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call it before any
+  array is made.
+  """
+  env = os.environ
+  on_tpu = any(pathlib.Path('/dev').glob('accel[0-9]*')) or any(
+    pathlib.Path('/dev/vfio').glob('[0-9]*')
+  )
+  if 'JAX_COORDINATOR_ADDRESS' in env:
+    jax.distributed.initialize(
+      num_processes=int(env['JAX_NUM_PROCESSES']), process_id=int(env['JAX_PROCESS_ID'])
+    )
+  elif int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1 or int(env.get('OMPI_COMM_WORLD_SIZE', 1)) > 1:
+    jax.distributed.initialize()
+  elif on_tpu and env.get('JAX_PLATFORMS', 'tpu') != 'cpu':
+    try:
+      jax.distributed.initialize()
+    except ValueError:
+      logger.warning('this TPU belongs to no slice that names its workers: it is used alone')
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
