@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,11 +46,12 @@ def data_dir(tmp_path_factory):
   return folder
 
 
-def _start(workdir, data_dir, devices, *more):
+def _start(workdir, data_dir, devices, *more, **variables):
   environment = os.environ | {
     'TFDS_DATA_DIR': str(data_dir),
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    **variables,
   }
   command = [sys.executable, 'main.py', '--config=configs/coatnet0.py:local', *OVERRIDES]
   return subprocess.Popen(
@@ -173,3 +175,39 @@ def test_a_run_of_any_devices_loads_and_evaluates_here(whole, data_dir):
   for name in ('eval', 'eval_ema'):
     assert f'{name}: top-1 {last[f"{name}/top1"]:.3f} %' in output
   assert output.count('100 test images') == 2
+
+
+def _start_pair(workdir, data_dir):
+  """Two processes of two devices each, which train one model."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  return [
+    _start(
+      workdir,
+      data_dir,
+      2,
+      JAX_COORDINATOR_ADDRESS=address,
+      JAX_NUM_PROCESSES='2',
+      JAX_PROCESS_ID=str(i),
+    )
+    for i in range(2)
+  ]
+
+
+@pytest.mark.slow
+def test_processes_stop_together_and_continue(data_dir, tmp_path):
+  """The signal reaches one of two processes: both save the same step and end."""
+  for process in _start_pair(tmp_path / 'whole', data_dir):
+    _finish(process)
+  workdir = tmp_path / 'stopped'
+  pair = _start_pair(workdir, data_dir)
+  _wait_for(lambda: _step_reached(workdir) >= 3, pair[0], 'step 3')
+  pair[1].terminate()
+  for process in pair:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output[-3000:]
+  assert checkpoint.steps_of(workdir)[-1] < STEPS
+  for process in _start_pair(workdir, data_dir):
+    assert 'resumed at step' in _finish(process)
+  _assert_same(workdir, _final(tmp_path / 'whole'))
