@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from vision_attention import weights
@@ -18,7 +19,7 @@ from vision_attention.models import base, registry, tree
 
 CHECKPOINTS = 'checkpoints'
 CONFIG = 'config.json'
-_MARKER = '.orbax-checkpoint-tmp'
+_METADATA = '_CHECKPOINT_METADATA'  # Orbax writes it last
 
 
 class Manager:
@@ -32,6 +33,12 @@ class Manager:
 
   def __init__(self, workdir: pathlib.Path, keep_latest: int, keep_best: int):
     folder = workdir.absolute() / CHECKPOINTS
+    if jax.process_index() == 0:
+      # A copy of a run that was broken off; Orbax would take the number for a checkpoint.
+      for broken in set(_steps(folder)) - set(steps_of(workdir)):
+        shutil.rmtree(folder / str(broken))
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('broken checkpoints are removed')
     policies: list[Any] = [preservation_policy.LatestN(max(1, keep_latest))]
     if keep_best:
       policies.append(
@@ -107,16 +114,18 @@ class Manager:
 def steps_of(workdir: pathlib.Path) -> list[int]:
   """Returns the steps of a run's whole checkpoints, in order."""
   folder = workdir / CHECKPOINTS
-  if not folder.is_dir():
-    return []
-  names = [p.name for p in folder.iterdir() if (p / '_CHECKPOINT_METADATA').exists()]
+  return [step for step in _steps(folder) if (folder / str(step) / _METADATA).exists()]
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
   return sorted(int(name) for name in names if name.isdigit())
 
 
 def _step_folder(path: str | pathlib.Path, step: int | None) -> pathlib.Path:
   """Returns the folder of one checkpoint, from that of a run or itself."""
   path = pathlib.Path(path).expanduser().absolute()
-  if (path / '_CHECKPOINT_METADATA').exists():
+  if (path / _METADATA).exists():
     return path
   steps = steps_of(path)
   if not steps:
@@ -213,8 +222,3 @@ def create_model(config: Any) -> base.Classifier:
 def _tuples(value: Any) -> Any:
   """JSON knows lists only."""
   return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-def remove(workdir: pathlib.Path) -> None:
-  """Deletes a run's checkpoints."""
-  shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)

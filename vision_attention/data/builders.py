@@ -202,7 +202,7 @@ def _write_split(
   """Writes one split's shards, under their final names once their number is known."""
   import array_record.python.array_record_module as array_record_module
   import tensorflow_datasets as tfds
-  from tensorflow_datasets.proto.tf_example_pb2 import Example  # pyright: ignore
+  from tensorflow_datasets.proto import tf_example_pb2
 
   lengths: list[int] = []
   parts: list[pathlib.Path] = []
@@ -215,7 +215,7 @@ def _write_split(
       writer = array_record_module.ArrayRecordWriter(str(parts[-1]), 'group_size:1')
       lengths.append(0)
       size = 0
-    example = Example()
+    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
     example.features.feature['image'].bytes_list.value.append(image)
     example.features.feature['label'].int64_list.value.append(label)
     content = example.SerializeToString()

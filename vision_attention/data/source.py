@@ -133,7 +133,7 @@ class Source:
     return self._starts[-1]
 
   def __getitem__(self, index: int) -> Record:
-    from tensorflow_datasets.proto.tf_example_pb2 import Example  # pyright: ignore
+    from tensorflow_datasets.proto import tf_example_pb2
 
     index = int(index)
     if not 0 <= index < len(self):
@@ -141,7 +141,8 @@ class Source:
     part = bisect.bisect_right(self._starts, index) - 1
     path, skip, _ = self._parts[part]
     row = index - self._starts[part] + skip
-    example = Example.FromString(_open(path, self._is_array_record)[row])
+    content = _open(path, self._is_array_record)[row]
+    example = tf_example_pb2.Example.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
     features = example.features.feature
     return Record(
       image=features['image'].bytes_list.value[0],

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -91,13 +92,13 @@ class Classifier(nn.Module):
     self, images: Float[Array, 'b h w c'], *, train: bool = False
   ) -> Float[Array, 'b k']:
     """Returns float32 logits `[batch, num_classes]` of `[batch, height, width, channels]`."""
-    return self.head(self.backbone(images, train=train), train=train)
+    return self.head(self.features(images, train=train), train=train)
 
   def features(
     self, images: Float[Array, 'b h w c'], *, train: bool = False
   ) -> dict[str, Float[Array, 'b ...']]:
     """Returns the backbone's features by name: `stage1` ... and what the head reads."""
-    return self.backbone(images, train=train)
+    return self.backbone(jnp.asarray(images), train=train)
 
 
 def check_image_size(images: Float[Array, 'b h w c'], expected: tuple[int, int]) -> None:
