@@ -137,7 +137,7 @@ def make_train_step(
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     averaged = _averaged(state, params, batch_stats, config.ema)
     # A finite gradient, too, can carry parameters or statistics out of range.
     finite = jax.tree.map(lambda x: jnp.isfinite(x).all(), (loss, grad_norm, params, batch_stats))
