@@ -1,4 +1,4 @@
-"""Every variant: published parameters and multiply-adds; every family: gradients, features, errors."""
+"""Every variant's parameters and multiply-adds; every family's gradients, features, errors."""
 
 import fnmatch
 import functools

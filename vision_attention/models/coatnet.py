@@ -40,6 +40,9 @@ class TransformerBlock(nn.Module):
     pool: `max` or `avg`.
     attn: the operator, called with `dim`, `num_heads` and a name.
     drop_path: rate of stochastic depth of either residual branch.
+    heads_from: the width that heads divide, that of the block's `output` or of its `input`.
+    shortcut_bias: whether the shortcut's projection has a bias.
+    layer_scale: a learned factor per channel at the end of either branch, or None.
   """
 
   dim: int
@@ -51,23 +54,33 @@ class TransformerBlock(nn.Module):
   mlp: ModuleDef
   conv: ModuleDef
   norm: ModuleDef
+  heads_from: str = 'output'
+  shortcut_bias: bool = True
+  layer_scale: ModuleDef | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
-    shortcut = mbconv.PoolProject(self.dim, self.stride, self.pool, self.conv, name='shortcut')(x)
+    shortcut = mbconv.PoolProject(
+      self.dim, self.stride, self.pool, self.conv, self.shortcut_bias, name='shortcut'
+    )(x)
+    heads_dim = x.shape[-1] if self.heads_from == 'input' else self.dim
     y = self.norm(name='norm1')(x, train=train)
-    y = y if self.stride == 1 else mbconv.pool2x2(y, self.pool)
-    y = self.attn(dim=self.dim, num_heads=self.dim // self.head_dim, name='attn')(y, train=train)
+    y = y if self.stride == 1 else mbconv.halve(y, self.pool)
+    y = self.attn(
+      dim=self.dim, num_heads=heads_dim // self.head_dim, head_dim=self.head_dim, name='attn'
+    )(y, train=train)
+    y = self.layer_scale(name='scale1')(y) if self.layer_scale else y
     x = shortcut + drop_path.DropPath(self.drop_path, name='drop_path1')(y, train=train)
     y = self.norm(name='norm2')(x, train=train)
     y = self.mlp(4 * self.dim, name='mlp')(y, train=train)
+    y = self.layer_scale(name='scale2')(y) if self.layer_scale else y
     return x + drop_path.DropPath(self.drop_path, name='drop_path2')(y, train=train)
 
 
 class Stem(nn.Module):
   """Two 3x3 convolutions, the first of stride 2; norm and activation between them."""
 
-  dim: int
+  dims: Sequence[int]
   use_bias: bool
   activation: str
   conv: ModuleDef
@@ -75,9 +88,9 @@ class Stem(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
-    x = self.conv(self.dim, stride=2, use_bias=self.use_bias, name='conv1')(x)
+    x = self.conv(self.dims[0], stride=2, use_bias=self.use_bias, name='conv1')(x)
     x = activation.by_name(self.activation)(self.norm(name='norm')(x, train=train))
-    return self.conv(self.dim, use_bias=self.use_bias, name='conv2')(x)
+    return self.conv(self.dims[1], use_bias=self.use_bias, name='conv2')(x)
 
 
 class CoAtNet(nn.Module):
@@ -88,12 +101,14 @@ class CoAtNet(nn.Module):
     stem: the stem, but for its name.
     stages: per stage, its blocks.
     strides: of the stages.
+    final_norm: a norm on the last map, or None.
   """
 
   image_size: tuple[int, int]
   stem: ModuleDef
   stages: Sequence[Sequence[ModuleDef]]
   strides: Sequence[int]
+  final_norm: ModuleDef | None = None
   remat: bool = False
   dtype: DTypeLike = jnp.float32
 
@@ -106,6 +121,8 @@ class CoAtNet(nn.Module):
     features, level = {}, 0
     for i, (blocks, stride) in enumerate(zip(self.stages, self.strides, strict=True), 1):
       x = stage.Stage(blocks, self.remat, name=f'stage{i}')(x, train=train)
+      if self.final_norm and i == len(self.stages):
+        x = self.final_norm(name='norm')(x, train=train)
       level += stride == 2
       features[f'stage{level}'] = x
     return features
@@ -207,7 +224,7 @@ def build(
       norm=layer_norm,
     ),
   }
-  rates = _rates(drop_path, depths)
+  rates = drop_path_rates(drop_path, depths, last=False)
   stages = [
     [
       functools.partial(
@@ -223,7 +240,12 @@ def build(
     CoAtNet,
     image_size=image_size,
     stem=functools.partial(
-      Stem, stem_dim, use_bias=stem_bias, activation=activation, conv=layer, norm=batch_norm
+      Stem,
+      (stem_dim, stem_dim),
+      use_bias=stem_bias,
+      activation=activation,
+      conv=layer,
+      norm=batch_norm,
     ),
     stages=stages,
     strides=tuple(strides),
@@ -244,8 +266,9 @@ def build(
   return base.Parts(backbone, head)
 
 
-def _rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
-  return drop_path.linear_rates(rate, depths, last=False)
+def drop_path_rates(rate: float, depths: Sequence[int], *, last: bool) -> list[list[float]]:
+  """Returns the rate of every block; see `layers.drop_path.linear_rates`."""
+  return drop_path.linear_rates(rate, depths, last=last)
 
 
 def _variant(depths, dims, stem_dim, params, gmacs, top1, size=224, **options) -> base.Variant:
@@ -280,7 +303,7 @@ VARIANTS = {
 }
 
 
-def _timm_rules(options: Mapping[str, Any]) -> Sequence[reference.Rule]:
+def timm_rules(options: Mapping[str, Any]) -> Sequence[reference.Rule]:
   """timm's names; every projection of it is a 1x1 convolution, and qkv is ordered by head."""
   rules = []
   rule, conv_, norm_ = reference.Rule, reference.CONV, reference.NORM
@@ -330,7 +353,7 @@ def _timm_table(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   return array.T.reshape(shape) if array.size == math.prod(shape) else array
 
 
-def _timm_infer(state: reference.State, options: Mapping[str, Any]) -> dict[str, Any]:
+def timm_infer(state: reference.State, options: Mapping[str, Any]) -> dict[str, Any]:
   """The first transformer stage works at 1/16, and its table has `2 size / 16 - 1` rows."""
   del options
   offsets = state['stages.2.blocks.0.attn.rel_pos.relative_position_bias_table'].shape[0]
@@ -345,7 +368,7 @@ def _timm_infer(state: reference.State, options: Mapping[str, Any]) -> dict[str,
 REFERENCES = {
   'timm': reference.Reference(
     origin='github.com/huggingface/pytorch-image-models, timm/models/maxxvit.py, coatnet_*_224',
-    rules=_timm_rules,
+    rules=timm_rules,
     options={
       'activation': 'gelu_exact',
       'padding': 'symmetric',
@@ -357,7 +380,7 @@ REFERENCES = {
       'pool': 'avg',
       'head_dim': 32,
     },
-    infer=_timm_infer,
+    infer=timm_infer,
     ignore=(r'.*\.relative_position_index',),
     variants=('coatnet_[0-5]',),
   ),
