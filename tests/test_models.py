@@ -106,6 +106,7 @@ def test_parameters_are_the_published_ones(name):
     ('vit_s16', dict(pool='gap', position='sincos2d', pre_logits=True), 22_122_472),
     ('vit_b16', dict(num_classes=21_843), 102_595_923),
     ('se_resnet_34', dict(source='timm'), 21_960_416),
+    ('coatnet_3_rw_224', dict(num_classes=11_821), 181_805_305),
   ],
 )
 def test_parameters_with_options(name, options, expected):

@@ -98,7 +98,7 @@ def _convert(
       value = change(array, shapes[path])
       if value.shape != shapes[path]:
         problems.append(f'{key} {array.shape} does not give {path} {shapes[path]}')
-      values[path] = np.ascontiguousarray(value, np.float32)
+      values[path] = np.array(value, np.float32, order='C')
   problems += [
     f'{path} {shape} of the model is not in the reference'
     for path, shape in shapes.items()

@@ -52,7 +52,7 @@ def read(path: str | os.PathLike) -> State:
 def write(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
   """Writes arrays by name to a .safetensors or .npz file, whole or not at all."""
   path = pathlib.Path(path)
-  state = {key: np.ascontiguousarray(value) for key, value in state.items()}
+  state = {key: np.array(value, order='C') for key, value in state.items()}
   partial = path.with_name(path.name + '.partial')
   if path.suffix == '.safetensors':
     safetensors.numpy.save_file(state, partial)

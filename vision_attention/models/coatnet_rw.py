@@ -167,7 +167,7 @@ VARIANTS = {
   'coatnet_0_rw_224': _variant((2, 3, 7, 2), _SMALL, 27_435_562, 82.39, **_OLD, stride_in='inputs'),
   'coatnet_1_rw_224': _variant(_DEEP, _SMALL, 41_721_502, 83.62, **_OLD),
   'coatnet_2_rw_224': _variant(_DEEP, _MEDIUM, 73_868_400, 86.58, **_SILU),
-  'coatnet_3_rw_224': _variant(_DEEP, _LARGE, 181_805_305, **_SILU, scale_init=1e-6),
+  'coatnet_3_rw_224': _variant(_DEEP, _LARGE, 165_173_428, **_SILU, scale_init=1e-6),
   'coatnet_bn_0_rw_224': _variant(
     (2, 3, 7, 2), _SMALL, 27_435_562, 82.39, **_OLD, transformer_norm='batch'
   ),

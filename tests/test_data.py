@@ -1,0 +1,221 @@
+"""Data sets, preprocessing and batches: what is read is what was written, step by step."""
+
+import io
+import struct
+import subprocess
+import sys
+import time
+
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from vision_attention.data import builders, pipeline, preprocessing, randaugment, source
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('data')
+  builders.write('digits', builders.digits(), folder, shard_bytes=60_000)
+  return folder
+
+
+def _config(data_dir, **changes):
+  values = {
+    'name': 'digits',
+    'data_dir': str(data_dir),
+    'train_split': 'train',
+    'eval_split': 'test',
+    'train_ops': ('resize(16)', 'pad_crop(2)', 'rand_augment(2, 9)'),
+    'eval_ops': ('resize(16)',),
+    'on_corrupt': 'raise',
+    'num_threads': 2,
+    'num_workers': 0,
+    'prefetch': 2,
+  }
+  return ml_collections.ConfigDict(values | changes)
+
+
+def _photo(size=(60, 80), kind='JPEG'):
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (size[0] // 10, size[1] // 10, 3), np.uint8)
+  image = Image.fromarray(pixels).resize((size[1], size[0]))
+  buffer = io.BytesIO()
+  image.save(buffer, kind, quality=90)
+  return buffer.getvalue()
+
+
+def test_a_written_data_set_reads_back_in_several_shards(data_dir):
+  raw = builders.digits()
+  train = source.Source('digits', 'train', str(data_dir))
+  assert len(list((data_dir / 'digits/1.0.0').glob('*train*'))) > 1
+  assert (len(train), train.num_classes) == (1442, 10)
+  for i, (image, label) in enumerate(raw.splits['train']):
+    if i % 97 == 0:
+      assert (train[i].image, train[i].label) == (image, label)
+  assert len(source.Source('digits', 'train[:10%]+test', str(data_dir))) == 144 + 355
+  tail = source.Source('digits', 'train[1000:]', str(data_dir))
+  assert tail[3].image == train[1003].image
+  with pytest.raises(ValueError, match="no split 'tset'"):
+    source.Source('digits', 'tset', str(data_dir))
+  with pytest.raises(FileExistsError, match='--overwrite'):
+    builders.write('digits', raw, data_dir)
+
+
+def test_reading_needs_no_tensorflow(data_dir):
+  code = (
+    'import sys; from vision_attention.data import source; '
+    f'source.Source("digits", "train", "{data_dir}")[0]; assert "tensorflow" not in sys.modules'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=120)
+
+
+def test_a_missing_data_set_is_explained_at_once(tmp_path):
+  start = time.monotonic()
+  with pytest.raises(source.MissingDataError) as caught:
+    pipeline.dataset_info(_config(tmp_path, name='imagenet2012'))
+  assert time.monotonic() - start < 2
+  assert str(tmp_path) in str(caught.value)
+  assert 'tfds build imagenet2012' in str(caught.value)
+
+
+def test_tfrecord_files_are_indexed(tmp_path):
+  records = [b'one', b'', b'three' * 100]
+  path = tmp_path / 'x.tfrecord'
+  framed = [struct.pack('<Q', len(r)) + b'....' + r + b'....' for r in records]
+  path.write_bytes(b''.join(framed))
+  read = source.TfRecords(str(path))
+  assert [read[i] for i in range(len(read))] == records
+  path.write_bytes(b''.join(framed)[:-3])
+  with pytest.raises(ValueError, match='truncated'):
+    source.TfRecords(str(path))
+
+
+def test_batches_are_a_function_of_the_step_and_of_no_number_of_processes(data_dir):
+  config = _config(data_dir)
+
+  def batches(start, count, **process):
+    stream = pipeline.train_batches(config, seed=3, batch_size=8, start_step=start, **process)
+    return [next(stream) for _ in range(count)]
+
+  whole = batches(0, 200)  # beyond one epoch of 180 steps
+  for a, b in zip(batches(178, 5), whole[178:183], strict=True):
+    for key in a:
+      np.testing.assert_array_equal(a[key], b[key])
+  shares = [batches(7, 1, process_index=i, process_count=2)[0]['image'] for i in range(2)]
+  np.testing.assert_array_equal(np.stack(shares, 1).reshape(8, 16, 16, 3), whole[7]['image'])
+  labels = [np.concatenate([b['label'] for b in whole[i : i + 90]]) for i in (0, 90)]
+  assert not np.array_equal(*labels)
+  assert np.bincount(np.concatenate([b['label'] for b in whole[:180]])).min() > 130
+
+
+def test_evaluation_counts_every_example_once(data_dir):
+  whole = []
+  for count in (1, 3):
+    parts = [
+      pipeline.eval_batches(_config(data_dir), batch_size=48, process_index=i, process_count=count)
+      for i in range(count)
+    ]
+    batches = [list(part) for part in parts]
+    assert len({len(b) for b in batches}) == 1, 'every process takes as many steps'
+    assert sum(b['mask'].sum() for part in batches for b in part) == parts[0].num_examples == 355
+    labels = [b['label'][b['mask'] > 0] for part in batches for b in part]
+    whole.append(np.bincount(np.concatenate(labels)))
+  np.testing.assert_array_equal(*whole)
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
+def test_decoded_pixels_are_those_of_pil(kind):
+  content = _photo(kind=kind)
+  expected = np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))
+  np.testing.assert_array_equal(np.asarray(preprocessing.decode(content)), expected)
+
+
+@pytest.mark.parametrize('content', [_photo()[:-200], _photo()[:300], b'no image', b''])
+def test_broken_images_are_recognised(content):
+  with pytest.raises(preprocessing.CorruptImageError):
+    preprocessing.decode(content)
+
+
+def test_a_corrupt_record_is_named_or_counted(tmp_path):
+  good = _photo()
+  raw = builders.Raw(
+    {'train': [(good, 0), (good[:-200], 1), (good, 2)], 'test': [(good, 0)]},
+    ['a', 'b', 'c'],
+    (None, None, 3),
+    '',
+  )
+  builders.write('broken', raw, tmp_path)
+  config = _config(tmp_path, name='broken', train_ops=('resize(8)',))
+  with pytest.raises(ValueError, match=r'record broken-train\.array_record-00000-of-00001:1 is no'):
+    next(pipeline.train_batches(config, seed=0, batch_size=3, start_step=0))
+  config.on_corrupt = 'skip'
+  batch = next(pipeline.train_batches(config, seed=0, batch_size=3, start_step=0))
+  assert batch['corrupt'].sum() == 1
+  assert sorted(batch['label']) == [0, 2, 2]
+
+
+def test_operations_are_parsed_and_refused_by_name():
+  rng = np.random.default_rng(0)
+  apply = preprocessing.compose(['random_resized_crop((12, 10), area=(0.3, 0.5))', 'flip'])
+  assert apply(Image.new('RGB', (40, 30)), rng).shape == (12, 10, 3)
+  for text, message in (
+    ('resise(8)', "operation in 'resise.8.' 'resise' is unknown: did you mean 'resize'"),
+    ('resize(8, interpolatoin="bicubic")', "did you mean 'interpolation'"),
+    ('resize(8, interpolation="cubic")', "interpolation 'cubic' is unknown"),
+    ('resize(__import__("os"))', 'does not read like'),
+    ('rand_augment(2, 15)', 'would bound magnitude 15 at 10'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      preprocessing.compose([text])
+
+
+def test_center_crop_takes_the_middle():
+  image = Image.new('RGB', (80, 40))
+  image.paste((255, 255, 255), (30, 10, 50, 30))
+  cropped = preprocessing.compose(['center_crop(20, ratio=0.5)'])(image, np.random.default_rng(0))
+  assert cropped.shape == (20, 20, 3)
+  assert cropped.min() > 250
+
+
+@pytest.mark.parametrize('increasing', [False, True])
+def test_rand_augment_operations_keep_size_and_grow_with_magnitude(increasing):
+  image = preprocessing.decode(_photo())
+  base = np.asarray(image, np.int32)
+
+  def change(name, magnitude):
+    changed = randaugment.apply(image, name, magnitude, np.random.default_rng(1), increasing)
+    assert changed.size == image.size
+    return np.abs(np.asarray(changed, np.int32) - base).mean()
+
+  for name in ('rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y', 'solarize_add'):
+    assert change(name, 0) < change(name, 10), name
+  if increasing:
+    for name in ('posterize', 'solarize', 'color', 'contrast', 'brightness', 'sharpness'):
+      assert change(name, 1) < change(name, 10), name
+
+
+def test_idx_files_and_image_folders(tmp_path):
+  images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+  for prefix in ('train', 't10k'):
+    head = b'\0\0\x08\x03' + struct.pack('>3I', *images.shape)
+    (tmp_path / f'{prefix}-images-idx3-ubyte').write_bytes(head + images.tobytes())
+    labels = b'\0\0\x08\x01' + struct.pack('>I', 2) + bytes([1, 0])
+    (tmp_path / f'{prefix}-labels-idx1-ubyte').write_bytes(labels)
+  builders.write('tiny', builders.idx(tmp_path), tmp_path / 'out')
+  record = source.Source('tiny', 'train', str(tmp_path / 'out'))[0]
+  assert record.label == 1
+  np.testing.assert_array_equal(np.asarray(preprocessing.decode(record.image))[..., 0], images[0])
+  (tmp_path / 'train-images-idx3-ubyte').write_bytes(head)
+  with pytest.raises(ValueError, match='not what its shape'):
+    builders.idx(tmp_path)
+  for name in ('cat', 'dog'):
+    folder = tmp_path / 'photos/train' / name
+    folder.mkdir(parents=True)
+    (folder / '1.jpg').write_bytes(_photo())
+  builders.write('photos', builders.image_folder(tmp_path / 'photos'), tmp_path / 'out')
+  read = source.Source('photos', 'train', str(tmp_path / 'out'))
+  assert (len(read), read.label_names, read[0].image) == (2, ('cat', 'dog'), _photo())
