@@ -152,6 +152,7 @@ def _local(
   config.total = '30 epochs'
   if data == 'fashion_mnist':
     config.data.train_ops = (*config.data.train_ops, 'flip()')
+    config.batch_size = 128
     config.total = '6 epochs'
   config.mixing.mixup_alpha = 0.2
   config.mixing.prob = 0.2
