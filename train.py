@@ -187,8 +187,8 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     if bad >= 0:
       manager.wait()
       raise FloatingPointError(
-        f'loss or gradient of step {bad} is not finite; the last good checkpoint is step '
-        f'{manager.latest_step()} in {workdir}: lower the learning rate or clip gradients'
+        f'loss, gradient or parameters of step {bad} are not finite; the last good checkpoint is '
+        f'step {manager.latest_step()} in {workdir}: lower the learning rate or clip gradients'
       )
 
   def log(step: int) -> state.Window:

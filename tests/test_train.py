@@ -103,8 +103,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 def test_averages_follow_their_formula():
   decay = 0.9
   states = [_run(_vit(**{'ema.decay': decay}), steps)[0] for steps in range(4)]
-  for path in ('head/classifier/bias', 'backbone/embedding/kernel'):
-    expected = np.asarray(tree.flatten(states[0].params)[path], np.float64)
+  for path, start in tree.flatten(states[0].params).items():
+    expected = np.asarray(start, np.float64)
     for now in states[1:]:
       expected = decay * expected + (1 - decay) * np.asarray(tree.flatten(now.params)[path])
       np.testing.assert_allclose(tree.flatten(now.ema_params)[path], expected, rtol=1e-4, atol=1e-7)
@@ -121,11 +121,11 @@ def test_young_averages_forget_sooner():
 
 
 def test_a_step_is_a_function_of_seed_and_number():
-  options = {'model.options.drop_path': 0.3}
-  same, _ = _run(_coatnet(**options), 2)
-  again, _ = _run(_coatnet(**options), 2)
+  options = {'mixing.mixup_alpha': 0.4, 'mixing.cutmix_alpha': 1.0}
+  same, _ = _run(_vit(**options), 2)
+  again, _ = _run(_vit(**options), 2)
   jax.tree.map(np.testing.assert_array_equal, again.params, same.params)
-  other, _ = _run(_coatnet(seed=1, **options), 2)
+  other, _ = _run(_vit(seed=1, **options), 2)
   bias = lambda now: np.asarray(now.params['head']['classifier']['kernel'])
   assert (bias(other) != bias(same)).any()
 
@@ -178,12 +178,12 @@ def _loop(data_dir: str, **changes) -> ml_collections.ConfigDict:
 @pytest.mark.slow
 @pytest.mark.usefixtures('_own_signals')
 def test_a_run_that_explodes_stops_and_keeps_its_last_good_checkpoint(data_dir, tmp_path):
-  """At step 7 the learning rate becomes infinite in float32; the fault is found at step 9's log."""
+  """The learning rate of step 7 is infinite, which the log line of step 9 finds."""
   config = _loop(
     data_dir,
-    **{'schedule.kind': 'step', 'schedule.boundaries': ('6 steps',), 'schedule.factor': 1e38},
+    **{'schedule.kind': 'step', 'schedule.boundaries': ('6 steps',), 'schedule.factor': np.inf},
   )
-  with pytest.raises(FloatingPointError, match='step 7 is not finite; .* checkpoint is step 5'):
+  with pytest.raises(FloatingPointError, match=r'step 7 are not finite; .* checkpoint is step 5'):
     train.train_and_evaluate(config, tmp_path)
   assert checkpoint.steps_of(tmp_path) == [5]
   for value in checkpoint.load_state(tmp_path).values():
@@ -199,11 +199,11 @@ def test_no_checkpoint_of_a_step_that_is_not_finite(data_dir, tmp_path):
     **{
       'schedule.kind': 'step',
       'schedule.boundaries': ('9 steps',),
-      'schedule.factor': 1e38,
+      'schedule.factor': np.inf,
       'log_every': '100 steps',
     },
   )
-  with pytest.raises(FloatingPointError, match='step 10 is not finite'):
+  with pytest.raises(FloatingPointError, match='step 10 are not finite'):
     train.train_and_evaluate(config, tmp_path)
   assert checkpoint.steps_of(tmp_path) == [5]
 
@@ -247,11 +247,11 @@ _MESHES = """
   sharding.MIN_SIZE = 64
   make_mesh = sharding.make_mesh
   sharding.make_mesh = lambda data, fsdp: make_mesh(1, 1, jax.devices()[:1])
-  # No Adam: it divides by the gradient's size, and magnifies the rounding of another order of sums.
-  options = {'optimizer.name': 'sgd', 'optimizer.learning_rate': 0.1, 'model.options.drop_path': 0.0}
+  # No Adam: it divides by the gradient's size, and magnifies the rounding of other sums.
+  options = {'optimizer.name': 'sgd', 'optimizer.learning_rate': 0.1}
   one, _ = t._run(t._coatnet(**options))
   sharding.make_mesh = make_mesh
-  for data, fsdp in ((4, 1), (1, 4), (2, 2)):
+  for data, fsdp in ((4, 1), (2, 2)):
     got, _ = t._run(t._coatnet(**{'mesh.data': data, 'mesh.fsdp': fsdp, **options}))
     split = [x for x in jax.tree.leaves(got.params) if not x.is_fully_replicated]
     assert bool(split) == (fsdp > 1), (data, fsdp)
@@ -260,7 +260,8 @@ _MESHES = """
       t._assert_close(getattr(got, key), getattr(one, key), rtol=1e-3, atol=1e-5)
     print(data, fsdp, len(split), 'split')
   rules = (('classifier/kernel', ('fsdp', None)), ('stage', (None,)))
-  got, _ = t._run(t._coatnet(**{'mesh.fsdp': 4, 'sharding_rules': rules, **options}))
+  options |= {'mesh.data': 1, 'mesh.fsdp': 4, 'sharding_rules': rules}
+  got, _ = t._run(t._coatnet(**options))
   assert got.params['head']['classifier']['kernel'].addressable_shards[0].data.shape == (4, 10)
   stage = jax.tree.leaves(got.params['backbone']['stage1'])
   assert all(x.is_fully_replicated for x in stage)
