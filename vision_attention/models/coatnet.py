@@ -121,7 +121,7 @@ class CoAtNet(nn.Module):
     features, level = {}, 0
     for i, (blocks, stride) in enumerate(zip(self.stages, self.strides, strict=True), 1):
       x = stage.Stage(blocks, self.remat, name=f'stage{i}')(x, train=train)
-      if self.final_norm and i == len(self.stages):
+      if self.final_norm is not None and i == len(self.stages):
         x = self.final_norm(name='norm')(x, train=train)
       level += stride == 2
       features[f'stage{level}'] = x

@@ -154,11 +154,11 @@ def _variant(depths, dims, params, top1=None, size=224, **options: Any) -> base.
 _NANO, _SMALL = (64, 128, 256, 512), (96, 192, 384, 768)
 _MEDIUM, _LARGE = (128, 256, 512, 1024), (192, 384, 768, 1536)
 _DEEP = (2, 6, 14, 2)
-_OLD = {'stem_dims': (32, 64), 'squeeze_early': True, 'shortcut_bias': False}
-_NEW = {'pre_norm_act': False, 'squeeze_activation': 'silu', 'project_bias': True}
+_OLD: dict[str, Any] = {'stem_dims': (32, 64), 'squeeze_early': True, 'shortcut_bias': False}
+_NEW: dict[str, Any] = {'pre_norm_act': False, 'squeeze_activation': 'silu', 'project_bias': True}
 _NEW |= {'stem_dims': (32, 64)}
-_SILU = {'squeeze_activation': 'silu'}
-_MLP = {'position': 'network'}
+_SILU: dict[str, Any] = {'squeeze_activation': 'silu'}
+_MLP: dict[str, Any] = {'position': 'network'}
 VARIANTS = {
   'coatnet_pico_rw_224': _variant((2, 3, 5, 2), _NANO, 10_851_364, **_NEW),
   'coatnet_nano_rw_224': _variant(
