@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
   config = FLAGS.config
   if config.compile_cache and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(config.compile_cache))
-  name = pathlib.Path(config_flags.get_config_filename(FLAGS['config'])).stem
+  name = pathlib.Path(config_flags.get_config_filename(FLAGS['config']).partition(':')[0]).stem
   workdir = pathlib.Path(FLAGS.workdir or pathlib.Path('runs') / name)
   try:
     if FLAGS.mode == 'dry_run':
