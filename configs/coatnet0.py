@@ -149,7 +149,7 @@ def _local(
   config.data.mean = (0.3, 0.3, 0.3)
   config.data.std = (0.35, 0.35, 0.35)
   config.data.num_threads = 2
-  config.total = '30 epochs'
+  config.total = '45 epochs'
   if data == 'fashion_mnist':
     config.data.train_ops = (*config.data.train_ops, 'flip()')
     config.batch_size = 128
