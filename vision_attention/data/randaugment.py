@@ -46,6 +46,9 @@ def _rotate(image, level, rng):
 
 
 def _keep_bits(image: Image.Image, bits: int) -> Image.Image:
+  if bits < 1:
+    # No bit is kept: black, which newer versions of Pillow refuse to call posterizing.
+    return Image.new('RGB', image.size)
   return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
