@@ -126,7 +126,7 @@ MACS = [
     for k, g in enumerate((4.55, 8.64, 16.43, 36.45))
   ),
   *(
-    (name, 224, {}, registry.variant_of(name).flops / 1e9)
+    (name, registry.variant_of(name).image_size, {}, registry.variant_of(name).flops / 1e9)
     for name in va.list_models('*resnet_*') + va.list_models('vit_*')
     if registry.variant_of(name).flops
   ),

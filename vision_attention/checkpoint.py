@@ -138,7 +138,7 @@ def _step_folder(path: str | pathlib.Path, step: int | None) -> pathlib.Path:
 def load_variables(
   path: str | pathlib.Path, *, ema: bool | None = None, step: int | None = None
 ) -> dict[str, Any]:
-  """Loads variables as numpy arrays, wherever and on however many devices they were trained.
+  """Loads variables as NumPy arrays, wherever and on however many devices they were trained.
 
   Args:
     path: a run's folder, a checkpoint's folder, or a .safetensors or .npz file of `save_variables`.

@@ -26,7 +26,7 @@ class RelativeAttention(mhsa.MultiHeadAttention):
     height, width = positions
     shape = (self.num_heads, 2 * height - 1, 2 * width - 1)
     table = self.param('relative_position', self.table_init, shape, self.param_dtype)
-    return relative_position.relative_bias(table, height, width)[None]
+    return relative_position.relative_bias(jnp.asarray(table), height, width)[None]
 
 
 class LogPositionAttention(mhsa.MultiHeadAttention):

@@ -46,7 +46,8 @@ class Conv(nn.Module):
       )
     shape = (height, width, x.shape[-1] // self.groups, self.dim)
     kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
-    kernel = self.transform(kernel).astype(self.dtype)
+    # Loaded variables are NumPy arrays.
+    kernel = self.transform(jnp.asarray(kernel)).astype(self.dtype)
     y = convolution.conv(
       x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding, groups=self.groups
     )

@@ -46,6 +46,11 @@ class LinearHead(nn.Module):
       x = self.pool(name='pool')(x, train=train)
     elif self.pool != 'none':
       raise ValueError(f'pool {self.pool!r} is unknown: allowed are gap, none or a module')
+    if not callable(self.pool) and self.has_variable('params', 'pool'):
+      raise ValueError(
+        'the variables have a pooling layer that this model lacks: '
+        "create it with their pooling, for example pool='map'"
+      )
     if self.norm is not None:
       x = self.norm(name='norm')(x, train=train)
     if self.hidden_dim:

@@ -24,10 +24,18 @@ STEMS = ('7x7', 'deep', 'deep_conv', 'small')
 
 
 def squeezed_dim(dim: int, ratio: float, divisor: int) -> int:
-  """Returns the width of an SE squeeze: `dim * ratio`, at least one, rounded to `divisor`."""
-  wanted = dim * ratio
-  rounded = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
-  return rounded + divisor if rounded < 0.9 * wanted else rounded
+  """Returns the width of an SE squeeze: `dim * ratio`, cut to an integer of at least one.
+
+  With a divisor (timm's 8) it is the nearest multiple, of at least one divisor.
+  """
+  if divisor == 1:
+    return max(1, int(dim * ratio))
+  return max(divisor, int(dim * ratio + divisor / 2) // divisor * divisor)
+
+
+def _halve(x: Float[Array, 'b h w c']) -> Float[Array, 'b p q c']:
+  """Averages 2x2 pixels; at odd sizes the last window holds one row or column, and only that."""
+  return convolution.avg_pool(x, window=2, stride=2, padding='same', count_include_pad=False)
 
 
 class Shortcut(nn.Module):
@@ -51,9 +59,7 @@ class Shortcut(nn.Module):
       return x
     stride = self.stride
     if self.average and stride > 1:
-      # At odd sizes the last window holds one row or column, and averages only that.
-      x = convolution.avg_pool(x, window=2, stride=2, padding='same', count_include_pad=False)
-      stride = 1
+      x, stride = _halve(x), 1
     y = self.conv(self.dim, kernel_size=1, stride=stride, name='conv')(x)
     return self.norm(name='norm')(y, train=train)
 
@@ -66,6 +72,8 @@ class Block(nn.Module):
     inner_dim: channels of the 3x3 convolutions.
     stride: in the (first) 3x3 convolution.
     bottleneck: whether the block is the bottleneck.
+    attn: an operator in place of the bottleneck's 3x3 convolution, called with `dim` and a name,
+      or None; a stride becomes the average of 2x2 pixels after it (arXiv 2101.11605).
     attend: a module applied to the branch before the addition (SE and its relatives), or None.
     drop_path: rate of stochastic depth.
   """
@@ -75,6 +83,7 @@ class Block(nn.Module):
   stride: int
   bottleneck: bool
   average_shortcut: bool
+  attn: ModuleDef | None
   attend: ModuleDef | None
   drop_path: float
   activation: str
@@ -92,7 +101,11 @@ class Block(nn.Module):
     y = x
     for i, (dim, kernel_size, stride) in enumerate(layers, 1):
       last = i == len(layers)
-      y = self.conv(dim, kernel_size=kernel_size, stride=stride, name=f'conv{i}')(y)
+      if self.attn is not None and i == 2:
+        y = self.attn(dim=dim, name='attn')(y, train=train)
+        y = _halve(y) if stride > 1 else y
+      else:
+        y = self.conv(dim, kernel_size=kernel_size, stride=stride, name=f'conv{i}')(y)
       init = self.last_scale_init if last else nn.initializers.ones
       y = self.norm(scale_init=init, name=f'norm{i}')(y, train=train)
       y = y if last else act(y)
@@ -149,6 +162,7 @@ class ResNet(nn.Module):
 
   Attributes:
     depths: blocks per stage.
+    attn: per stage, the operator in place of 3x3 convolutions, or None.
     drop_path: rate of stochastic depth per stage and block.
     width: channels inside the first stage's blocks, doubled from stage to stage.
     wide: factor of the channels inside bottlenecks (2 in Wide-ResNet-50-2).
@@ -160,6 +174,7 @@ class ResNet(nn.Module):
   wide: int
   stem: str
   average_shortcut: bool
+  attn: Sequence[ModuleDef | None]
   attend: ModuleDef | None
   drop_path: Sequence[Sequence[float]]
   activation: str
@@ -195,6 +210,7 @@ class ResNet(nn.Module):
           stride=2 if i > 0 and j == 0 else 1,
           bottleneck=self.bottleneck,
           average_shortcut=self.average_shortcut,
+          attn=self.attn[i],
           attend=self.attend,
           drop_path=self.drop_path[i][j],
           activation=self.activation,
@@ -230,6 +246,9 @@ def build(
   shortcut: str = 'conv',
   se_ratio: float = 0.0,
   se_divisor: int = 1,
+  attn: ModuleDef | None = None,
+  attn_stages: Sequence[int] = (4,),
+  num_heads: int = 4,
   activation: str = 'relu',
   pool_padding: str = 'symmetric',
   drop_path: float = 0.0,
@@ -255,6 +274,9 @@ def build(
     shortcut: `conv`, or `avg` for the -D form.
     se_ratio: width of the SE squeeze relative to the block's output, 0 for no SE.
     se_divisor: the squeeze is rounded to a multiple of this.
+    attn: an operator in place of the 3x3 convolutions of bottlenecks in `attn_stages`, or None.
+    attn_stages: stages with the operator, counted from 1.
+    num_heads: of the operator.
     activation: a name of `ops.activation`.
     pool_padding: of the stem's max-pool; `same` is that of Google's TPU code.
     drop_path: nominal rate of stochastic depth.
@@ -265,6 +287,9 @@ def build(
     norm_epsilon: of BatchNorm.
     norm_momentum: of BatchNorm's running statistics.
     remat: whether blocks are computed again in the backward pass, to save memory.
+
+  Raises:
+    ValueError: for an unknown choice, or an option that the block cannot take.
   """
   del image_size
   errors.check_choice('block', block, ('bottleneck', 'basic'))
@@ -272,6 +297,12 @@ def build(
   errors.check_choice('shortcut', shortcut, ('conv', 'avg'))
   if wide != 1 and block == 'basic':
     raise ValueError(f'wide={wide} widens bottlenecks; basic blocks take width')
+  if attn is not None and block == 'basic':
+    raise ValueError("attn takes the place of a bottleneck's 3x3 convolution: block='bottleneck'")
+  if attn is not None and not set(attn_stages) <= set(range(1, len(depths) + 1)):
+    raise ValueError(f'attn_stages {attn_stages} must lie within 1..{len(depths)}')
+  if attn is not None:
+    attn = functools.partial(attn, num_heads=num_heads, dtype=dtype, param_dtype=param_dtype)
   attend: ModuleDef | None = None
   if se_ratio:
 
@@ -289,6 +320,7 @@ def build(
     wide=wide,
     stem=stem,
     average_shortcut=shortcut == 'avg',
+    attn=[attn if i in attn_stages else None for i in range(1, len(depths) + 1)],
     attend=attend,
     drop_path=_drop_path_rates(drop_path, drop_path_rule, depths),
     activation=activation,

@@ -9,6 +9,7 @@ _R18, _R50, _R101, _R152 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36,
 _HE = 'arXiv 1512.03385; top-1 of arXiv 1904.09925, Table 2'
 _SASA = 'arXiv 1906.05909, Table 1'
 _RS = 'arXiv 2103.07579; top-1 of github.com/tensorflow/tpu, resnet_rs'
+_VISION = 'github.com/pytorch/vision, IMAGENET1K_V1'
 _TIMM = 'github.com/huggingface/pytorch-image-models'
 _BASIC: dict[str, Any] = {'block': 'basic'}
 _D: dict[str, Any] = {'stem': 'deep', 'shortcut': 'avg'}
@@ -32,7 +33,7 @@ def _rs(depths, params, size, top1):
 
 
 VARIANTS = {
-  'resnet_18': _variant(_R18, 11_689_512, **_BASIC),
+  'resnet_18': _variant(_R18, 11_689_512, 1.814, 69.8, _VISION, **_BASIC),
   'resnet_26': _variant((1, 2, 4, 1), 13_696_552, 2.342, 74.5, _SASA),
   'resnet_34': _variant(_R50, 21_797_672, 3.664, 73.6, _HE, **_BASIC),
   'resnet_38': _variant((2, 3, 5, 2), 19_626_792, 3.216, 76.2, _SASA),
@@ -44,8 +45,8 @@ VARIANTS = {
   'se_resnet_50': _variant(_R50, 28_088_024, 4.09, 77.5, _HE, **_SE),
   'se_resnet_101': _variant(_R101, 49_326_872, 7.80, 78.4, _HE, **_SE),
   'se_resnet_152': _variant(_R152, 66_821_848, 11.51, 78.9, _HE, **_SE),
-  'wide_resnet_50_2': _variant(_R50, 68_883_240, wide=2),
-  'wide_resnet_101_2': _variant(_R101, 126_886_696, wide=2),
+  'wide_resnet_50_2': _variant(_R50, 68_883_240, 11.398, 78.5, _VISION, wide=2),
+  'wide_resnet_101_2': _variant(_R101, 126_886_696, 22.753, 78.8, _VISION, wide=2),
   'resnet26': _variant(_R18, 15_995_176),
   'resnet18d': _variant(_R18, 11_708_744, **_BASIC, **_D),
   'resnet26d': _variant(_R18, 16_014_408, **_D),
@@ -105,7 +106,7 @@ REFERENCES = {
   'timm': reference.Reference(
     origin='github.com/huggingface/pytorch-image-models, timm/models/resnet.py',
     rules=_timm_rules,
-    # timm rounds the squeeze of SE up to a multiple of 8: it shows in SE-ResNet-18 and -34.
+    # timm rounds the squeeze of SE to a multiple of 8: it shows in SE-ResNet-18 and -34.
     options={'se_divisor': 8},
     infer=_infer,
   ),

@@ -55,6 +55,7 @@ class VisionTransformer(nn.Module):
     grid: patches along height and width.
     stem: of a hybrid, or None.
     class_token: whether there is one.
+    norm: after the last block, or None.
     learned_position: or the fixed sine and cosine of `ops.position_embedding`.
   """
 
@@ -64,7 +65,7 @@ class VisionTransformer(nn.Module):
   patch: int
   stem: ModuleDef | None
   blocks: Sequence[ModuleDef]
-  norm: ModuleDef
+  norm: ModuleDef | None
   class_token: bool
   learned_position: bool
   dropout: float
@@ -77,6 +78,7 @@ class VisionTransformer(nn.Module):
     self, images: Float[Array, 'b h w c'], *, train: bool
   ) -> dict[str, Float[Array, 'b ...']]:
     base.check_image_size(images, self.image_size)
+    self._check_variables()
     types: dict[str, Any] = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     x = images.astype(self.dtype)
     if self.stem is not None:
@@ -90,10 +92,24 @@ class VisionTransformer(nn.Module):
       x = jnp.concatenate([jnp.broadcast_to(self._cls(), (len(x), 1, self.dim)), x], axis=1)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     x = stage.Stage(self.blocks, self.remat, name='stage1')(x, train=train)
-    x = self.norm(name='norm')(x, train=train)
+    if self.norm is not None:
+      x = self.norm(name='norm')(x, train=train)
     if not self.class_token:
       return {'stage1': x}
     return {'stage1': x[:, 1:].reshape(len(x), *self.grid, self.dim), 'cls': x[:, 0]}
+
+  def _check_variables(self) -> None:
+    """Refuses variables of another kind, of which Flax would leave the surplus unused."""
+    kinds = {
+      'cls': (self.class_token, "pool='cls'"),
+      'position': (self.learned_position, "position='learned'"),
+      'norm': (self.norm is not None, 'norm_after_pool=False'),
+    }
+    for name, (used, option) in kinds.items():
+      if not used and self.has_variable('params', name):
+        raise ValueError(
+          f'the variables have {name!r}, which this model lacks: create it with {option}'
+        )
 
   def _position(self) -> Float[Array, 'h w c']:
     if not self.learned_position:
@@ -125,6 +141,7 @@ def build(
   pool: str = 'cls',
   position: str = 'learned',
   pre_logits: bool = False,
+  norm_after_pool: bool = False,
   attn: ModuleDef = mhsa.MultiHeadAttention,
   activation: str = 'gelu_tanh',
   norm_epsilon: float = 1e-6,
@@ -152,6 +169,8 @@ def build(
     position: `learned` or `sincos2d`.
     pre_logits: whether a dense layer with tanh precedes the classifier (the representation layer of
       pre-training).
+    norm_after_pool: whether the last LayerNorm follows the mean instead of preceding it (timm's
+      default with `gap`).
     attn: the operator; with a class token, one that takes tokens without a map.
     activation: a name of `ops.activation`.
     norm_epsilon: of LayerNorm.
@@ -163,7 +182,8 @@ def build(
     remat: whether blocks are computed again in the backward pass, to save memory.
 
   Raises:
-    ValueError: for an image size that patches do not tile, or an operator that needs a map.
+    ValueError: for an image size that patches do not tile, an operator that needs a map, or a norm
+      after a pooling other than the mean.
   """
   errors.check_choice('pool', pool, ('cls', 'gap', 'map'))
   errors.check_choice('position', position, ('learned', 'sincos2d'))
@@ -171,6 +191,10 @@ def build(
     raise ValueError(
       f'{attn} works on a map [b, h, w, c], and the class token has no place in one: '
       "pass pool='gap' or pool='map'"
+    )
+  if norm_after_pool and pool != 'gap':
+    raise ValueError(
+      f"norm_after_pool follows the mean of all tokens: pass pool='gap', not {pool!r}"
     )
   stride = patch * (1 if stem_depths is None else vit_hybrid.stride_of(stem_depths))
   for side in image_size:
@@ -216,7 +240,7 @@ def build(
     patch=patch,
     stem=stem,
     blocks=[functools.partial(block, drop_path=rate) for rate in rates],
-    norm=layer_norm,
+    norm=None if norm_after_pool else layer_norm,
     class_token=pool == 'cls',
     learned_position=position == 'learned',
     dropout=dropout,
@@ -240,6 +264,7 @@ def build(
     num_classes=num_classes,
     feature='cls' if pool == 'cls' else 'stage1',
     pool=pools[pool],
+    norm=layer_norm if norm_after_pool else None,
     hidden_dim=dim if pre_logits else 0,
     kernel_init=nn.initializers.zeros,
     bias_init=nn.initializers.constant(head_bias),

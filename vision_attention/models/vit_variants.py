@@ -8,8 +8,10 @@ import numpy as np
 
 from vision_attention.models import base, reference, vit_hybrid
 
-# Width, depth, MLP width, heads: arXiv 2010.11929 Table 1, 2106.10270 Table 2, 2106.04560 Table 2.
+# Width, depth, MLP width, heads: arXiv 2010.11929 Table 1, 2106.10270 Table 2, 2106.04560 Table 2,
+# and big_vision's table. `gigantic` is the papers' G; names here are lower case and `g` is their g.
 SIZES = {
+  'mu': (32, 1, 128, 2),
   'ti': (192, 12, 768, 3),
   's': (384, 12, 1536, 6),
   'm': (512, 12, 2048, 8),
@@ -18,12 +20,18 @@ SIZES = {
   'so400m': (1152, 27, 4304, 16),
   'h': (1280, 32, 5120, 16),
   'g': (1408, 40, 6144, 16),
+  'g_opt': (1536, 40, 6144, 16),
   'gigantic': (1664, 48, 8192, 16),
+  'gigantic_opt': (1536, 48, 8192, 16),
+  'e': (1792, 56, 15360, 16),
 }
+# Sizes that exist with one patch only.
+_PATCHES = {'mu': (16,), 'g_opt': (16,), 'gigantic_opt': (14,), 'e': (14,)}
 _AUGREG = 'arXiv 2106.10270, Table 3 (ImageNet-21k 300 epochs, 224 pixels)'
 _VIT = 'arXiv 2010.11929, Table 1'
 _SCALED = 'arXiv 2106.04560, Table 2'
 _PLAIN = 'github.com/google-research/big_vision'
+_MIXED = 'github.com/google-research/vision_transformer'
 # Parameters with a class token and 1000 classes at 224 pixels, GMACs, top-1.
 _PUBLISHED = {
   'vit_ti16': (5_717_416, 1.25, 73.75, _AUGREG),
@@ -38,6 +46,7 @@ _PUBLISHED = {
   'vit_h14': (632_045_800, 167.3, None, _VIT),
   'vit_g14': (1_012_611_432, 267.0, None, _SCALED),
   'vit_gigantic14': (1_844_440_680, 483.7, None, _SCALED),
+  'vit_e14': (3_807_214_312, None, None, _PLAIN),
 }
 _HYBRIDS = {
   'vit_r_ti16': ('ti', 8, (), 6_337_704, 0.434, 69.69),
@@ -68,7 +77,7 @@ def _plain(name: str, size: str, patch: int) -> base.Variant:
 VARIANTS = {
   f'vit_{size}{patch}': _plain(f'vit_{size}{patch}', size, patch)
   for size in SIZES
-  for patch in (8, 14, 16, 32)
+  for patch in _PATCHES.get(size, (8, 14, 16, 32))
 }
 VARIANTS |= {
   name: base.Variant(
@@ -76,7 +85,7 @@ VARIANTS |= {
     params=params,
     flops=gmacs * 1e9,
     top1=top1,
-    source=_AUGREG if top1 else _PLAIN,
+    source=_AUGREG if top1 else _MIXED,
   )
   for name, (size, patch, depths, params, gmacs, top1) in _HYBRIDS.items()
 }
@@ -100,7 +109,9 @@ def _split_position(state: reference.State, key: str, has_cls: bool) -> referenc
 def _flax_prepare(state: reference.State) -> reference.State:
   """Brings vit_jax's and big_vision's files, old and new, to one set of names."""
   prefix = re.compile(r'^(opt/target/|params/)+')
-  state = {prefix.sub('', key): value for key, value in state.items()}
+  # Beside prefixed parameters, a file may hold the state of the optimizer.
+  prefixed = [key for key in state if prefix.match(key)]
+  state = {prefix.sub('', key): state[key] for key in prefixed or state}
   stacked = 'Transformer/encoderblock/'
   for key in [key for key in state if key.startswith(stacked)]:
     for i, value in enumerate(state.pop(key)):
@@ -117,8 +128,15 @@ def _timm_prepare(state: reference.State) -> reference.State:
   return _split_position(state, 'pos_embed', 'cls_token' in state)
 
 
-def _infer(head: str, cls: str, probe: str):
-  """Returns what reads the head, the pooling and the resolution off prepared weights."""
+def _infer(head: str, cls: str, probe: str, late_norm: str):
+  """Returns what reads the head, the pooling and the resolution off prepared weights.
+
+  Args:
+    head: key whose length is the number of classes.
+    cls: key that only a class token has.
+    probe: key that only attention pooling has.
+    late_norm: key that only a norm behind the pooling has.
+  """
 
   def infer(state: reference.State, options: Mapping[str, Any]) -> dict[str, Any]:
     stem = options.get('stem_depths')
@@ -128,6 +146,7 @@ def _infer(head: str, cls: str, probe: str):
       'pool': 'cls' if cls in state else 'map' if probe in state else 'gap',
       'position': 'learned' if 'position' in state else 'sincos2d',
       'pre_logits': any(key.startswith('pre_logits') for key in state),
+      'norm_after_pool': late_norm in state,
     }
     if 'position' in state:
       height, width, _ = state['position'].shape
@@ -191,34 +210,45 @@ _TIMM_RULES = (
   _rule(r'blocks\.(\d+)\.mlp\.fc1', _OURS + 'mlp/expand', _DENSE),
   _rule(r'blocks\.(\d+)\.mlp\.fc2', _OURS + 'mlp/project', _DENSE),
   _rule('norm', 'backbone/norm', _NORM),
+  _rule('fc_norm', 'head/norm', _NORM),
+  _rule(r'attn_pool\.latent', 'head/pool/probe', reference.param('')),
+  _rule(r'attn_pool\.q', 'head/pool/query', _DENSE),
+  _rule(r'attn_pool\.kv', 'head/pool', reference.fused('key', 'value')),
+  _rule(r'attn_pool\.proj', 'head/pool/proj', _DENSE),
+  _rule(r'attn_pool\.norm', 'head/pool/norm', _NORM),
+  _rule(r'attn_pool\.mlp\.fc1', 'head/pool/mlp/expand', _DENSE),
+  _rule(r'attn_pool\.mlp\.fc2', 'head/pool/mlp/project', _DENSE),
   _rule(r'pre_logits\.fc', 'head/pre_logits', _DENSE),
   _rule('head', 'head/classifier', _DENSE),
-  _rule(r'patch_embed\.backbone\.stem\.conv', 'backbone/stem/conv_root', _CONV),
-  _rule(r'patch_embed\.backbone\.stem\.norm', 'backbone/stem/norm_root', _NORM),
+  # A hybrid of the root alone has no `stem`.
+  _rule(r'patch_embed\.backbone\.(?:stem\.)?conv', 'backbone/stem/conv_root', _CONV),
+  _rule(r'patch_embed\.backbone\.(?:stem\.)?norm', 'backbone/stem/norm_root', _NORM),
   _rule(_UNIT + r'conv(\d)', _STEM + 'conv{2}', _CONV),
   _rule(_UNIT + r'norm(\d)', _STEM + 'norm{2}', _NORM),
   _rule(_UNIT + r'downsample\.conv', _STEM + 'conv_proj', _CONV),
   _rule(_UNIT + r'downsample\.norm', _STEM + 'norm_proj', _NORM),
 )
 
+# No flax file has its last norm behind the pooling.
+_FLAX_INFER = _infer('head/bias', 'cls', 'MAPHead_0/probe', '')
 REFERENCES = {
   'official': reference.Reference(
     origin='github.com/google-research/vision_transformer, vit_jax/models_vit.py',
     rules=_FLAX_RULES,
     prepare=_flax_prepare,
-    infer=_infer('head/bias', 'cls', 'MAPHead_0/probe'),
+    infer=_FLAX_INFER,
   ),
   'big_vision': reference.Reference(
     origin='github.com/google-research/big_vision, big_vision/models/vit.py',
     rules=_FLAX_RULES,
     prepare=_flax_prepare,
-    infer=_infer('head/bias', 'cls', 'MAPHead_0/probe'),
+    infer=_FLAX_INFER,
   ),
   'timm': reference.Reference(
     origin='github.com/huggingface/pytorch-image-models, timm/models/vision_transformer*.py',
     rules=_TIMM_RULES,
     options={'activation': 'gelu_exact', 'std_epsilon_in': 'var', 'stem_norm_epsilon': 1e-5},
     prepare=_timm_prepare,
-    infer=_infer('head.bias', 'cls_token', ''),
+    infer=_infer('head.bias', 'cls_token', 'attn_pool.latent', 'fc_norm.weight'),
   ),
 }

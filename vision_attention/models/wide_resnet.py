@@ -16,15 +16,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vision_attention import errors
-from vision_attention.layers import conv, heads, norm
+from vision_attention.layers import conv, heads, norm, stage
 from vision_attention.models import base
 from vision_attention.ops import convolution
 
 ModuleDef = Callable[..., nn.Module]
+CONV_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+# Uniform within +-1 / sqrt(num_classes).
+DENSE_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_out', 'uniform')
 
 
 def pad_shortcut(x: Float[Array, 'b h w c'], dim: int, stride: int) -> Float[Array, 'b p q d']:
-  """Averages `stride x stride` pixels and appends zero channels, half on either side."""
+  """Averages `stride x stride` pixels and adds zero channels, half of them on either side."""
   if stride > 1:
     x = convolution.avg_pool(x, window=stride, stride=stride)
   missing = dim - x.shape[-1]
@@ -63,7 +66,13 @@ class PreActBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-  """Stem of 16 channels and three groups of blocks, of strides 1, 2, 2."""
+  """Stem of 16 channels and three groups of blocks, of strides 1, 2, 2.
+
+  Attributes:
+    depth: `6 n + 4` layers.
+    width: factor on the channels 16, 32, 64.
+    padded: whether shortcuts have no parameters, and span groups and network too.
+  """
 
   depth: int
   width: int
@@ -76,25 +85,30 @@ class WideResNet(nn.Module):
     self, images: Float[Array, 'b h w c'], *, train: bool
   ) -> dict[str, Float[Array, 'b p q d']]:
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    layer = functools.partial(conv.Conv, padding='symmetric', **types)
-    batch_norm = functools.partial(norm.BatchNorm, epsilon=1e-3, **types)
+    # TensorFlow and PyTorch put the odd pixel of a strided convolution on different sides.
+    padding = 'same' if self.padded else 'symmetric'
+    layer = functools.partial(conv.Conv, padding=padding, kernel_init=CONV_INIT, **types)
+    batch_norm = functools.partial(norm.BatchNorm, epsilon=1e-5, momentum=0.9, **types)
     x = stem = layer(16, 3, name='stem')(images.astype(self.dtype))
     features = {}
     for i, dim in enumerate((16, 32, 64)):
-      start = x
-      for j in range((self.depth - 4) // 6):
-        x = PreActBlock(
+      start, name = x, f'stage{i + 1}'
+      blocks = [
+        functools.partial(
+          PreActBlock,
           dim * self.width,
           stride=2 if i and not j else 1,
-          shared=i == j == 0,
+          shared=self.padded and i == j == 0,
           projected=not self.padded,
           conv=layer,
           norm=batch_norm,
-          name=f'stage{i + 1}_block{j:02d}',
-        )(x, train=train)
+        )
+        for j in range((self.depth - 4) // 6)
+      ]
+      x = stage.Stage(blocks, name=name)(x, train=train)
       if self.padded:
         x = x + pad_shortcut(start, x.shape[-1], 2 if i else 1)
-      features[f'stage{i + 1}'] = x
+      features[name] = x
     if self.padded:
       x = x + pad_shortcut(stem, x.shape[-1], 4)
     features['final'] = jax.nn.relu(batch_norm(name='norm')(x, train=train))
@@ -130,7 +144,9 @@ def build(
     raise ValueError(f'image_size {image_size} must be multiples of 4')
   types: dict = {'dtype': dtype, 'param_dtype': param_dtype}
   backbone = functools.partial(WideResNet, depth, width, shortcut == 'pad', **types)
-  head = functools.partial(heads.LinearHead, num_classes=num_classes, feature='final', **types)
+  head = functools.partial(
+    heads.LinearHead, num_classes=num_classes, feature='final', kernel_init=DENSE_INIT, **types
+  )
   return base.Parts(backbone, head)
 
 
