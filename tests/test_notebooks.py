@@ -23,7 +23,10 @@ def test_load_and_predict(tmp_path, monkeypatch):
   command = [sys.executable, 'main.py', '--config=configs/coatnet0.py:local']
   command += [f'--workdir={tmp_path / "run"}', '--config.total=4 steps']
   command += ['--config.schedule.warmup=1 steps', '--config.compile_cache=']
+  # A process of its own also because libtpu, which other tests load, breaks the profiler.
+  command += ['--config.profile.start=2', '--config.profile.steps=2']
   subprocess.run(command, cwd=ROOT, check=True, timeout=300, env=os.environ)
+  assert list((tmp_path / 'run' / 'profile').rglob('*.xplane.pb')), 'a trace was written'
   notebook = nbformat.read(ROOT / 'notebooks' / 'load_and_predict.ipynb', as_version=4)
   folder = {'metadata': {'path': str(ROOT / 'notebooks')}}
   done = NotebookClient(notebook, timeout=300, resources=folder).execute()
