@@ -11,7 +11,8 @@ import pytest
 import vision_attention as va
 from vision_attention import convert
 from vision_attention.attention import mhsa
-from vision_attention.models import registry, resnet, tree, wide_resnet
+from vision_attention.layers import squeeze_excite
+from vision_attention.models import registry, resnet, resnet_blocks, tree, wide_resnet
 
 pytestmark = pytest.mark.fast
 
@@ -80,9 +81,9 @@ def test_wide_resnet_flavours_cost_what_is_published(flavour, expected):
 
 @pytest.mark.parametrize(('dim', 'cut', 'nearest'), [(64, 4, 8), (200, 12, 16), (512, 32, 32)])
 def test_squeezes_are_cut_or_rounded(dim, cut, nearest):
-  assert resnet.squeezed_dim(dim, 1 / 16, 1) == cut
-  assert resnet.squeezed_dim(dim, 1 / 16, 8) == nearest
-  assert resnet.squeezed_dim(8, 1 / 16, 1) == 1
+  assert squeeze_excite.squeezed_dim(dim, 1 / 16, 1) == cut
+  assert squeeze_excite.squeezed_dim(dim, 1 / 16, 8) == nearest
+  assert squeeze_excite.squeezed_dim(8, 1 / 16, 1) == 1
 
 
 @pytest.mark.parametrize(
@@ -150,12 +151,12 @@ def test_a_fresh_block_is_its_shortcut(options):
 
 
 def test_average_shortcuts_see_every_pixel_and_strided_ones_a_quarter():
-  conv = functools.partial(resnet.conv.Conv, kernel_init=jax.nn.initializers.ones)
-  norm = functools.partial(resnet.norm.BatchNorm, epsilon=0.0)
+  conv = functools.partial(resnet_blocks.conv.Conv, kernel_init=jax.nn.initializers.ones)
+  norm = functools.partial(resnet_blocks.norm.BatchNorm, epsilon=0.0)
   image = jnp.arange(9.0).reshape(1, 3, 3, 1)
   expected = {True: [[2.0, 3.5], [6.5, 8.0]], False: [[0.0, 2.0], [6.0, 8.0]]}
   for average, values in expected.items():
-    shortcut = resnet.Shortcut(2, 2, average, conv, norm)
+    shortcut = resnet_blocks.Shortcut(2, 2, average, conv, norm)
     init = jax.jit(functools.partial(shortcut.init_with_output, train=False))
     y, _ = init(jax.random.key(0), image)
     np.testing.assert_allclose(y[0, :, :, 0], values)
@@ -237,10 +238,38 @@ def test_attention_takes_the_place_of_the_last_stage_s_convolutions():
   assert features['stage2'].shape == (2, 5, 5, 64)
   [weights] = jax.tree.leaves(state['intermediates'])
   assert weights.shape == (2, 4, 81, 81)
-  with pytest.raises(ValueError, match=r"attn takes the place of a bottleneck's 3x3"):
-    va.create_model('resnet_18', attn=mhsa.MultiHeadAttention)
   with pytest.raises(ValueError, match=r'attn_stages \(5,\) must lie within 1\.\.4'):
     va.create_model('resnet_50', attn=mhsa.MultiHeadAttention, attn_stages=(5,))
+
+
+def test_modules_go_where_their_class_says():
+  model, variables, images = _initialised('resnet_50', image_size=32, depths=(1, 1), module='se')
+  paths = tree.flatten(variables['params']['backbone'])
+  assert {path.split('/')[0] for path in paths if '/module/' in path} == {'stage1', 'stage2'}
+  assert model.apply(variables, images).shape == (len(images), 3)
+  assert resnet._sites('between', (3, 4, 6, 3)) == [(0, 2), (1, 3), (2, 5)]
+  assert resnet._sites('sites', (3, 4, 6, 3)) == [(2, 0), (2, 2), (2, 4)]
+  assert resnet._sites('top', (3, 4, 6, 3)) == [(3, 2)]
+  with pytest.raises(ValueError, match="module 'sse' is unknown: did you mean 'se'"):
+    va.create_model('resnet_50', module='sse')
+  with pytest.raises(ValueError, match=r"field of operator mhsa 'head' is unknown: did you mean"):
+    va.create_model('resnet_50', attn={'name': 'mhsa', 'head': 2})
+  with pytest.raises(ValueError, match='end the same branches'):
+    va.create_model('se_resnet_50', module='se')
+  with pytest.raises(
+    ValueError, match=r"module='mhsa' is an operator, and attn='relative' is given"
+  ):
+    va.create_model('resnet_50', module='mhsa', attn='relative')
+
+
+def test_operators_go_into_basic_blocks_too():
+  model, variables, images = _initialised(
+    'resnet_18', image_size=32, depths=(1, 1), width=8, attn='relative'
+  )
+  block = variables['params']['backbone']['stage2']['block00']
+  assert 'conv1' not in block
+  assert block['attn']['relative_position'].shape == (4, 15, 15)
+  assert model.apply(variables, images).shape == (len(images), 3)
 
 
 def test_impossible_options_are_refused():

@@ -1,5 +1,7 @@
 """Multi-head self-attention over all positions."""
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -22,6 +24,7 @@ class MultiHeadAttention(nn.Module):
     dropout: rate after the output projection.
   """
 
+  stages: ClassVar[tuple[int, ...]] = (4,)
   dim: int
   num_heads: int
   head_dim: int | None = None
@@ -68,3 +71,6 @@ class MultiHeadAttention(nn.Module):
     """Returns what is added to the logits of a list or map of the given extent, or None."""
     del positions
     return None
+
+
+OPERATORS = {'mhsa': MultiHeadAttention}

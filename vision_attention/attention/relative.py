@@ -55,3 +55,6 @@ class LogPositionAttention(mhsa.MultiHeadAttention):
     project = nn.Dense(self.num_heads, param_dtype=self.param_dtype, name='position_project')
     table = project(jax.nn.relu(hidden(coordinates)))
     return relative_position.relative_bias(table.transpose(2, 0, 1), height, width)[None]
+
+
+OPERATORS = {'relative': RelativeAttention, 'log_position': LogPositionAttention}

@@ -14,10 +14,12 @@ class Stage(nn.Module):
   Attributes:
     blocks: block definitions, each called with its name and then as `block(x, train=train)`.
     remat: whether a block's activations are computed again in the backward pass.
+    after: per block, a module that follows it, named `after00`, ..., or None; nothing if empty.
   """
 
   blocks: Sequence[ModuleDef]
   remat: bool = False
+  after: Sequence[ModuleDef | None] = ()
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b ...'], *, train: bool) -> Float[Array, 'b ...']:
@@ -26,4 +28,7 @@ class Stage(nn.Module):
 
     for j, block in enumerate(self.blocks):
       x = (nn.remat(apply) if self.remat else apply)(block(name=f'block{j:02d}'), x)
+      follower = self.after[j] if self.after else None
+      if follower is not None:
+        x = follower(name=f'after{j:02d}')(x, train=train)
     return x

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vision_attention import errors
-from vision_attention.attention import relative
+from vision_attention.attention import operators, relative
 from vision_attention.layers import conv, drop_path, heads, mbconv, mlp, norm, squeeze_excite, stage
 from vision_attention.models import base, reference
 from vision_attention.ops import activation, relative_position
@@ -66,9 +66,9 @@ class TransformerBlock(nn.Module):
     heads_dim = x.shape[-1] if self.heads_from == 'input' else self.dim
     y = self.norm(name='norm1')(x, train=train)
     y = y if self.stride == 1 else mbconv.halve(y, self.pool)
-    y = self.attn(
-      dim=self.dim, num_heads=heads_dim // self.head_dim, head_dim=self.head_dim, name='attn'
-    )(y, train=train)
+    num_heads = heads_dim // self.head_dim
+    attn = operators.bind(self.attn, dim=self.dim, num_heads=num_heads, head_dim=self.head_dim)
+    y = attn(name='attn')(y, train=train)
     y = self.layer_scale(name='scale1')(y) if self.layer_scale else y
     x = shortcut + drop_path.DropPath(self.drop_path, name='drop_path1')(y, train=train)
     y = self.norm(name='norm2')(x, train=train)
@@ -142,7 +142,7 @@ def build(
   strides: Sequence[int] = (2, 2, 2, 2),
   stride_in: str = 'expand',
   pool: str = 'max',
-  attn: ModuleDef = relative.RelativeAttention,
+  attn: operators.Spec = relative.RelativeAttention,
   activation: str = 'gelu_tanh',
   padding: str = 'same',
   stem_bias: bool = True,
@@ -218,7 +218,7 @@ def build(
       TransformerBlock,
       head_dim=head_dim,
       pool=pool,
-      attn=functools.partial(attn, kernel_init=INIT, **types),
+      attn=operators.bind(operators.operator(attn), kernel_init=INIT, **types),
       mlp=functools.partial(mlp.Mlp, activation=activation, kernel_init=INIT, **types),
       conv=layer,
       norm=layer_norm,

@@ -1,228 +1,28 @@
 """ResNet (arXiv 1512.03385), also SE (1709.01507), -D (1812.01187), RS (2103.07579) and wide.
 
 The stride of a bottleneck sits in its 3x3 convolution ("v1.5"), as in every public implementation.
-Tables and other people's names for the weights: `resnet_variants.py`.
+Any operator takes the place of the 3x3 convolutions (`attn`), and any module of channel or spatial
+attention goes where it belongs (`module`). Blocks: `resnet_blocks.py`; tables and other people's
+names for the weights: `resnet_variants.py`.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
 
 from vision_attention import errors
-from vision_attention.layers import conv, drop_path, heads, norm, squeeze_excite, stage
-from vision_attention.models import base, resnet_variants
-from vision_attention.ops import activation, convolution
+from vision_attention.attention import operators
+from vision_attention.layers import drop_path, heads, squeeze_excite
+from vision_attention.models import base, resnet_blocks, resnet_variants
 
 VARIANTS = resnet_variants.VARIANTS
 REFERENCES = resnet_variants.REFERENCES
 ModuleDef = Callable[..., nn.Module]
-STEMS = ('7x7', 'deep', 'deep_conv', 'small')
-
-
-def squeezed_dim(dim: int, ratio: float, divisor: int) -> int:
-  """Returns the width of an SE squeeze: `dim * ratio`, cut to an integer of at least one.
-
-  With a divisor (timm's 8) it is the nearest multiple, of at least one divisor.
-  """
-  if divisor == 1:
-    return max(1, int(dim * ratio))
-  return max(divisor, int(dim * ratio + divisor / 2) // divisor * divisor)
-
-
-def _halve(x: Float[Array, 'b h w c']) -> Float[Array, 'b p q c']:
-  """Averages 2x2 pixels; at odd sizes the last window holds one row or column, and only that."""
-  return convolution.avg_pool(x, window=2, stride=2, padding='same', count_include_pad=False)
-
-
-class Shortcut(nn.Module):
-  """The identity, or a projection where the shape changes: 1x1 convolution and BatchNorm.
-
-  Attributes:
-    dim: output channels.
-    stride: of the block.
-    average: the -D form, which averages 2x2 pixels and then projects without a stride.
-  """
-
-  dim: int
-  stride: int
-  average: bool
-  conv: ModuleDef
-  norm: ModuleDef
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
-    if x.shape[-1] == self.dim and self.stride == 1:
-      return x
-    stride = self.stride
-    if self.average and stride > 1:
-      x, stride = _halve(x), 1
-    y = self.conv(self.dim, kernel_size=1, stride=stride, name='conv')(x)
-    return self.norm(name='norm')(y, train=train)
-
-
-class Block(nn.Module):
-  """Two 3x3 convolutions, or the bottleneck 1x1 - 3x3 - 1x1; then SE, addition, activation.
-
-  Attributes:
-    dim: output channels.
-    inner_dim: channels of the 3x3 convolutions.
-    stride: in the (first) 3x3 convolution.
-    bottleneck: whether the block is the bottleneck.
-    attn: an operator in place of the bottleneck's 3x3 convolution, called with `dim` and a name,
-      or None; a stride becomes the average of 2x2 pixels after it (arXiv 2101.11605).
-    attend: a module applied to the branch before the addition (SE and its relatives), or None.
-    drop_path: rate of stochastic depth.
-  """
-
-  dim: int
-  inner_dim: int
-  stride: int
-  bottleneck: bool
-  average_shortcut: bool
-  attn: ModuleDef | None
-  attend: ModuleDef | None
-  drop_path: float
-  activation: str
-  last_scale_init: nn.initializers.Initializer
-  conv: ModuleDef
-  norm: ModuleDef
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
-    act = activation.by_name(self.activation)
-    if self.bottleneck:
-      layers = [(self.inner_dim, 1, 1), (self.inner_dim, 3, self.stride), (self.dim, 1, 1)]
-    else:
-      layers = [(self.inner_dim, 3, self.stride), (self.dim, 3, 1)]
-    y = x
-    for i, (dim, kernel_size, stride) in enumerate(layers, 1):
-      last = i == len(layers)
-      if self.attn is not None and i == 2:
-        y = self.attn(dim=dim, name='attn')(y, train=train)
-        y = _halve(y) if stride > 1 else y
-      else:
-        y = self.conv(dim, kernel_size=kernel_size, stride=stride, name=f'conv{i}')(y)
-      init = self.last_scale_init if last else nn.initializers.ones
-      y = self.norm(scale_init=init, name=f'norm{i}')(y, train=train)
-      y = y if last else act(y)
-    if self.attend is not None:
-      y = self.attend(self.dim, name='attend')(y)
-    y = drop_path.DropPath(self.drop_path, name='drop_path')(y, train=train)
-    shortcut = Shortcut(
-      self.dim, self.stride, self.average_shortcut, self.conv, self.norm, name='shortcut'
-    )
-    return act(y + shortcut(x, train=train))
-
-
-class Stem(nn.Module):
-  """From the image to a quarter of its size (`small`: to its own size).
-
-  Attributes:
-    kind: `7x7` and max-pool; `deep`, three 3x3 convolutions and max-pool (-D); `deep_conv`, the
-      same with a strided convolution in place of the pool (RS); `small`, one 3x3 convolution.
-    dim: output channels; the deep stems have half of it inside.
-    pool_padding: of the max-pool: `symmetric` (PyTorch) or `same` (TensorFlow).
-  """
-
-  kind: str
-  dim: int
-  activation: str
-  pool_padding: str
-  conv: ModuleDef
-  norm: ModuleDef
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
-    act = activation.by_name(self.activation)
-    layers = {
-      '7x7': [(self.dim, 7, 2)],
-      'deep': [(self.dim // 2, 3, 2), (self.dim // 2, 3, 1), (self.dim, 3, 1)],
-      'deep_conv': [
-        (self.dim // 2, 3, 2),
-        (self.dim // 2, 3, 1),
-        (self.dim, 3, 1),
-        (self.dim, 3, 2),
-      ],
-      'small': [(self.dim, 3, 1)],
-    }[self.kind]
-    for i, (dim, kernel_size, stride) in enumerate(layers, 1):
-      x = self.conv(dim, kernel_size=kernel_size, stride=stride, name=f'conv{i}')(x)
-      x = act(self.norm(name=f'norm{i}')(x, train=train))
-    if self.kind in ('7x7', 'deep'):
-      x = convolution.max_pool(x, window=3, stride=2, padding=self.pool_padding)
-    return x
-
-
-class ResNet(nn.Module):
-  """Stem and four stages; the first block of every stage but the first halves the map.
-
-  Attributes:
-    depths: blocks per stage.
-    attn: per stage, the operator in place of 3x3 convolutions, or None.
-    drop_path: rate of stochastic depth per stage and block.
-    width: channels inside the first stage's blocks, doubled from stage to stage.
-    wide: factor of the channels inside bottlenecks (2 in Wide-ResNet-50-2).
-  """
-
-  depths: Sequence[int]
-  bottleneck: bool
-  width: int
-  wide: int
-  stem: str
-  average_shortcut: bool
-  attn: Sequence[ModuleDef | None]
-  attend: ModuleDef | None
-  drop_path: Sequence[Sequence[float]]
-  activation: str
-  pool_padding: str
-  zero_init_last: bool
-  norm_epsilon: float
-  norm_momentum: float
-  remat: bool
-  dtype: DTypeLike = jnp.float32
-  param_dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, images: Float[Array, 'b h w c'], *, train: bool
-  ) -> dict[str, Float[Array, 'b p q d']]:
-    types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    layer = functools.partial(conv.Conv, padding='symmetric', **types)
-    batch_norm = functools.partial(
-      norm.BatchNorm, epsilon=self.norm_epsilon, momentum=self.norm_momentum, **types
-    )
-    stem = Stem(
-      self.stem, self.width, self.activation, self.pool_padding, layer, batch_norm, name='stem'
-    )
-    x = stem(images.astype(self.dtype), train=train)
-    features = {}
-    for i, depth in enumerate(self.depths):
-      inner_dim = self.width * 2**i
-      blocks = [
-        functools.partial(
-          Block,
-          dim=4 * inner_dim if self.bottleneck else inner_dim,
-          inner_dim=self.wide * inner_dim,
-          stride=2 if i > 0 and j == 0 else 1,
-          bottleneck=self.bottleneck,
-          average_shortcut=self.average_shortcut,
-          attn=self.attn[i],
-          attend=self.attend,
-          drop_path=self.drop_path[i][j],
-          activation=self.activation,
-          last_scale_init=nn.initializers.zeros if self.zero_init_last else nn.initializers.ones,
-          conv=layer,
-          norm=batch_norm,
-        )
-        for j in range(depth)
-      ]
-      name = f'stage{i + 1}'
-      x = features[name] = stage.Stage(blocks, self.remat, name=name)(x, train=train)
-    return features
+PerBlock = Sequence[Sequence[ModuleDef | None]]
+CONV_INIT = nn.initializers.lecun_normal()
 
 
 def _drop_path_rates(rate: float, rule: str, depths: Sequence[int]) -> list[list[float]]:
@@ -230,6 +30,50 @@ def _drop_path_rates(rate: float, rule: str, depths: Sequence[int]) -> list[list
   if rule == 'block':
     return drop_path.linear_rates(rate, depths)
   return [[rate * (i + 2) / 5] * depth for i, depth in enumerate(depths)]
+
+
+def _check_stages(what: str, stages: Sequence[int], depths: Sequence[int]) -> Sequence[int]:
+  if not set(stages) <= set(range(1, len(depths) + 1)):
+    raise ValueError(f'{what} {stages} must lie within 1..{len(depths)}')
+  return stages
+
+
+def _sites(placement: str, depths: Sequence[int]) -> list[tuple[int, int]]:
+  """Returns the blocks that a module of this placement follows, as stage and block from 0."""
+  errors.check_choice('placement', placement, operators.PLACEMENTS)
+  ends = [(i, depth - 1) for i, depth in enumerate(depths)]
+  if placement == 'between':
+    return ends[:-1]
+  if placement == 'top':
+    return ends[-1:]
+  third = min(2, len(depths) - 1)
+  return [(third, j) for j in range(depths[third]) if j % 2 == 0]
+
+
+def _place(
+  module: operators.Spec | None, stages: Sequence[int] | None, depths: Sequence[int], types: Any
+) -> tuple[PerBlock, PerBlock, ModuleDef | None]:
+  """Returns what ends branches, what follows blocks, and what takes the place of convolutions."""
+  inside = resnet_blocks.per_block(None, depths, ())
+  after = resnet_blocks.per_block(None, depths, ())
+  if module is None:
+    return inside, after, None
+  made = operators.module(module)
+  placement = operators.trait(made, 'placement', None)
+  if placement is None:
+    return inside, after, made
+  made = operators.bind(made, **types)
+  if placement == 'branch':
+    everywhere = range(1, len(depths) + 1)
+    chosen = everywhere if stages is None else _check_stages('module_stages', stages, depths)
+    return resnet_blocks.per_block(made, depths, chosen), after, None
+  if stages is not None:
+    raise ValueError(
+      f'module_stages is for modules inside blocks; the placement of {module!r} is {placement!r}'
+    )
+  for i, j in _sites(placement, depths):
+    after[i][j] = made
+  return inside, after, None
 
 
 def build(
@@ -242,19 +86,27 @@ def build(
   block: str = 'bottleneck',
   width: int = 64,
   wide: int = 1,
-  stem: str = '7x7',
+  expansion: float = 4,
+  strides: Sequence[int] | None = None,
+  stem: resnet_blocks.Stemlike = '7x7',
   shortcut: str = 'conv',
+  shortcut_activation: bool = False,
   se_ratio: float = 0.0,
   se_divisor: int = 1,
-  attn: ModuleDef | None = None,
-  attn_stages: Sequence[int] = (4,),
-  num_heads: int = 4,
+  attn: operators.Spec | PerBlock | None = None,
+  attn_stages: Sequence[int] | None = None,
+  num_heads: int | Sequence[int] = 4,
+  module: operators.Spec | PerBlock | None = None,
+  module_stages: Sequence[int] | None = None,
+  after: PerBlock | None = None,
+  final_dim: int = 0,
   activation: str = 'relu',
   pool_padding: str = 'symmetric',
   drop_path: float = 0.0,
   drop_path_rule: str = 'stage',
   dropout: float = 0.0,
   zero_init_last: bool = True,
+  conv_init: nn.initializers.Initializer = CONV_INIT,
   norm_epsilon: float = 1e-5,
   norm_momentum: float = 0.9,
   remat: bool = False,
@@ -270,13 +122,23 @@ def build(
     block: `bottleneck` or `basic`.
     width: channels inside the blocks of the first stage.
     wide: factor of the channels inside bottlenecks.
-    stem: `7x7`, `deep`, `deep_conv` or `small`; see `Stem`.
+    expansion: output channels of a bottleneck relative to the stage's width.
+    strides: per stage, of its first block; 1 and then 2 unless given.
+    stem: `7x7`, `deep`, `deep_conv` or `small` (see `resnet_blocks.Stem`), or a module.
     shortcut: `conv`, or `avg` for the -D form.
+    shortcut_activation: whether an activation follows a projected shortcut beside an operator.
     se_ratio: width of the SE squeeze relative to the block's output, 0 for no SE.
     se_divisor: the squeeze is rounded to a multiple of this.
-    attn: an operator in place of the 3x3 convolutions of bottlenecks in `attn_stages`, or None.
-    attn_stages: stages with the operator, counted from 1.
-    num_heads: of the operator.
+    attn: an operator (a name such as `halo`, `{'name': ..., field: value}` or a module class) in
+      place of the 3x3 convolutions of bottlenecks, or the first of basic blocks, in `attn_stages`;
+      or one per stage and block; or None.
+    attn_stages: stages with the operator, counted from 1; those it was made for unless given.
+    num_heads: of the operator, one number or one per stage.
+    module: a module of channel or spatial attention (`cbam`, `bam`, ...), which goes where its
+      class says, or an operator, as `attn`; or one per stage and block, at the end of the branch.
+    module_stages: stages with a module inside blocks; all unless given.
+    after: per stage and block, a module that follows the block, or None.
+    final_dim: channels of a 1x1 convolution before the head, 0 for none.
     activation: a name of `ops.activation`.
     pool_padding: of the stem's max-pool; `same` is that of Google's TPU code.
     drop_path: nominal rate of stochastic depth.
@@ -284,6 +146,7 @@ def build(
       linearly over the blocks.
     dropout: rate before the classifier.
     zero_init_last: whether each residual branch starts at zero.
+    conv_init: of convolutions.
     norm_epsilon: of BatchNorm.
     norm_momentum: of BatchNorm's running statistics.
     remat: whether blocks are computed again in the backward pass, to save memory.
@@ -293,52 +156,83 @@ def build(
   """
   del image_size
   errors.check_choice('block', block, ('bottleneck', 'basic'))
-  errors.check_choice('stem', stem, STEMS)
   errors.check_choice('shortcut', shortcut, ('conv', 'avg'))
-  if wide != 1 and block == 'basic':
+  if isinstance(stem, str):
+    errors.check_choice('stem', stem, resnet_blocks.STEMS)
+  if block == 'basic' and wide != 1:
     raise ValueError(f'wide={wide} widens bottlenecks; basic blocks take width')
-  if attn is not None and block == 'basic':
-    raise ValueError("attn takes the place of a bottleneck's 3x3 convolution: block='bottleneck'")
-  if attn is not None and not set(attn_stages) <= set(range(1, len(depths) + 1)):
-    raise ValueError(f'attn_stages {attn_stages} must lie within 1..{len(depths)}')
-  if attn is not None:
-    attn = functools.partial(attn, num_heads=num_heads, dtype=dtype, param_dtype=param_dtype)
-  attend: ModuleDef | None = None
+  strides = (1, *[2] * (len(depths) - 1)) if strides is None else tuple(strides)
+  heads_of = [num_heads] * len(depths) if isinstance(num_heads, int) else list(num_heads)
+  if not len(depths) == len(strides) == len(heads_of):
+    raise ValueError(f'{depths=}, {strides=} and {num_heads=} must have one entry per stage')
+  types: dict[str, Any] = {'dtype': dtype, 'param_dtype': param_dtype}
+
+  if resnet_blocks.is_nested(module):
+    inside, behind, operator = resnet_blocks.spread(module, depths), None, None
+  else:
+    inside, behind, operator = _place(module, module_stages, depths, types)  # pyright: ignore
+  if operator is not None:
+    if attn is not None:
+      raise ValueError(
+        f'module={module!r} is an operator, and attn={attn!r} is given too: pass one'
+      )
+    attn = operator
+  if after is not None:
+    behind = resnet_blocks.spread(after, depths)
   if se_ratio:
+    if any(any(stage) for stage in inside):
+      raise ValueError(f'se_ratio={se_ratio} and module={module!r} end the same branches: pass one')
+    squeeze = functools.partial(
+      squeeze_excite.SqueezeExcite, ratio=se_ratio, divisor=se_divisor, **types
+    )
+    inside = resnet_blocks.per_block(squeeze, depths, range(1, len(depths) + 1))
 
-    def squeeze(dim: int, name: str) -> nn.Module:
-      hidden = squeezed_dim(dim, se_ratio, se_divisor)
-      return squeeze_excite.SqueezeExcite(hidden, dtype=dtype, param_dtype=param_dtype, name=name)
-
-    attend = squeeze
+  if resnet_blocks.is_nested(attn):
+    spatial = resnet_blocks.spread(attn, depths)
+  elif attn is None:
+    spatial = resnet_blocks.per_block(None, depths, ())
+  else:
+    made = operators.operator(attn)  # pyright: ignore
+    own = operators.trait(made, 'stages', range(1, len(depths) + 1))
+    stages = [i for i in own if i <= len(depths)] if attn_stages is None else attn_stages
+    _check_stages('attn_stages', stages, depths)
+    spatial = resnet_blocks.per_block(made, depths, stages)
+  spatial = [
+    [made and operators.bind(made, num_heads=heads_of[i], **types) for made in stage]
+    for i, stage in enumerate(spatial)
+  ]
 
   backbone = functools.partial(
-    ResNet,
+    resnet_blocks.ResNet,
     depths=tuple(depths),
+    strides=strides,
     bottleneck=block == 'bottleneck',
     width=width,
     wide=wide,
+    expansion=expansion,
     stem=stem,
     average_shortcut=shortcut == 'avg',
-    attn=[attn if i in attn_stages else None for i in range(1, len(depths) + 1)],
-    attend=attend,
+    attn=spatial,
+    module=inside,
+    after=behind or resnet_blocks.per_block(None, depths, ()),
+    shortcut_activation=shortcut_activation,
+    final_dim=final_dim,
     drop_path=_drop_path_rates(drop_path, drop_path_rule, depths),
     activation=activation,
     pool_padding=pool_padding,
+    conv_init=conv_init,
     zero_init_last=zero_init_last,
     norm_epsilon=norm_epsilon,
     norm_momentum=norm_momentum,
     remat=remat,
-    dtype=dtype,
-    param_dtype=param_dtype,
+    **types,
   )
   head = functools.partial(
     heads.LinearHead,
     num_classes=num_classes,
-    feature=f'stage{len(depths)}',
+    feature='final' if final_dim else f'stage{len(depths)}',
     dropout=dropout,
     kernel_init=nn.initializers.normal(0.01),
-    dtype=dtype,
-    param_dtype=param_dtype,
+    **types,
   )
   return base.Parts(backbone, head)

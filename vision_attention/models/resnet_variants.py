@@ -74,8 +74,8 @@ def _timm_rules(options: Mapping[str, Any]) -> Sequence[reference.Rule]:
   rules = [
     rule(r'layer(\d+)\.(\d+)\.conv(\d)', block + '/conv{2}', conv),
     rule(r'layer(\d+)\.(\d+)\.bn(\d)', block + '/norm{2}', norm),
-    rule(r'layer(\d+)\.(\d+)\.se\.fc1', block + '/attend/squeeze', conv),
-    rule(r'layer(\d+)\.(\d+)\.se\.fc2', block + '/attend/excite', conv),
+    rule(r'layer(\d+)\.(\d+)\.se\.fc1', block + '/module/squeeze', conv),
+    rule(r'layer(\d+)\.(\d+)\.se\.fc2', block + '/module/excite', conv),
     rule(rf'layer(\d+)\.(\d+)\.downsample\.{shortcut[0]}', block + '/shortcut/conv', conv),
     rule(rf'layer(\d+)\.(\d+)\.downsample\.{shortcut[1]}', block + '/shortcut/norm', norm),
     rule('fc', 'head/classifier', reference.DENSE),

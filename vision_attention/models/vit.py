@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vision_attention import errors
-from vision_attention.attention import map_pool, mhsa
+from vision_attention.attention import map_pool, mhsa, operators
 from vision_attention.layers import conv, drop_path, heads, mlp, norm, stage
 from vision_attention.models import base, vit_hybrid, vit_variants
 from vision_attention.ops import position_embedding
@@ -37,7 +37,8 @@ class EncoderBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, 'b ... c'], *, train: bool) -> Float[Array, 'b ... c']:
     y = self.norm(name='norm1')(x, train=train)
-    y = self.attn(dim=self.dim, num_heads=self.num_heads, name='attn')(y, train=train)
+    attn = operators.bind(self.attn, dim=self.dim, num_heads=self.num_heads)
+    y = attn(name='attn')(y, train=train)
     x = x + drop_path.DropPath(self.drop_path, name='drop_path1')(y, train=train)
     y = self.norm(name='norm2')(x, train=train)
     y = self.mlp(name='mlp')(y, train=train)
@@ -142,7 +143,7 @@ def build(
   position: str = 'learned',
   pre_logits: bool = False,
   norm_after_pool: bool = False,
-  attn: ModuleDef = mhsa.MultiHeadAttention,
+  attn: operators.Spec = mhsa.MultiHeadAttention,
   activation: str = 'gelu_tanh',
   norm_epsilon: float = 1e-6,
   stem_norm_epsilon: float = 1e-6,
@@ -187,7 +188,8 @@ def build(
   """
   errors.check_choice('pool', pool, ('cls', 'gap', 'map'))
   errors.check_choice('position', position, ('learned', 'sincos2d'))
-  if pool == 'cls' and not _takes_tokens(attn):
+  attn = operators.operator(attn)
+  if pool == 'cls' and operators.trait(attn, 'needs_map', False):
     raise ValueError(
       f'{attn} works on a map [b, h, w, c], and the class token has no place in one: '
       "pass pool='gap' or pool='map'"
@@ -211,7 +213,7 @@ def build(
     EncoderBlock,
     dim=dim,
     num_heads=num_heads,
-    attn=functools.partial(attn, dropout=dropout, kernel_init=xavier, **types),
+    attn=operators.bind(attn, dropout=dropout, kernel_init=xavier, **types),
     mlp=functools.partial(
       mlp.Mlp,
       hidden_dim=mlp_dim,
@@ -276,9 +278,3 @@ def build(
 def drop_path_rates(rate: float, depth: int) -> list[list[float]]:
   """Returns the rates of one stage of `depth` blocks."""
   return drop_path.linear_rates(rate, [depth])
-
-
-def _takes_tokens(attn: ModuleDef) -> bool:
-  """Whether an operator works on tokens without a map; it says so by `needs_map`."""
-  module = attn.func if isinstance(attn, functools.partial) else attn
-  return not getattr(module, 'needs_map', False)
