@@ -130,12 +130,9 @@ def _local(
   config: ml_collections.ConfigDict, data: str, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
   """Small enough for a laptop, with every part of the real recipe in it."""
-  common.use_data(config, data)
   if args.variant != 'coatnet_0' or args.size or args.init:
     raise ValueError('local is a model and recipe of its own: only data goes with it')
-  config.image_size = 32
-  config.batch_size = 64
-  config.model.dtype = 'float32'
+  common.local(config, data)
   config.model.options = {
     'depths': (1, 1, 2, 1),
     'dims': (32, 48, 64, 96),
@@ -144,27 +141,9 @@ def _local(
     'norm_momentum': 0.9,
     'drop_path': 0.05,
   }
-  config.data.train_ops = ('resize({size}, interpolation="bilinear")', 'pad_crop(3)')
-  config.data.eval_ops = ('resize({size}, interpolation="bilinear")',)
-  config.data.mean = (0.3, 0.3, 0.3)
-  config.data.std = (0.35, 0.35, 0.35)
-  config.data.num_threads = 2
-  config.total = '45 epochs'
-  if data == 'fashion_mnist':
-    config.data.train_ops = (*config.data.train_ops, 'flip()')
-    config.batch_size = 128
-    config.total = '6 epochs'
+  if data == 'digits':
+    config.total = '45 epochs'
   config.mixing.mixup_alpha = 0.2
   config.mixing.prob = 0.2
   config.loss.label_smoothing = 0.1
-  config.optimizer.learning_rate = 2e-3
-  config.optimizer.weight_decay = 0.05
-  config.optimizer.clip_norm = 1.0
-  config.schedule.warmup = '3 epochs' if data == 'digits' else '200 steps'
-  config.schedule.final = 0.01
-  config.ema.decay = 0.99
-  config.ema.warmup = True
-  config.log_every = '50 steps'
-  config.eval.every = '10 epochs' if data == 'digits' else '1 epochs'
-  config.checkpoint.every = '200 steps'
   return config

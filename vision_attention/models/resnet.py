@@ -193,8 +193,10 @@ def build(
     spatial = resnet_blocks.per_block(None, depths, ())
   else:
     made = operators.operator(attn)  # pyright: ignore
-    own = operators.trait(made, 'stages', range(1, len(depths) + 1))
-    stages = [i for i in own if i <= len(depths)] if attn_stages is None else attn_stages
+    stages = attn_stages
+    if stages is None:
+      own = operators.trait(made, 'stages', range(1, len(depths) + 1))
+      stages = [i for i in own if i <= len(depths)] or [len(depths)]
     _check_stages('attn_stages', stages, depths)
     spatial = resnet_blocks.per_block(made, depths, stages)
   spatial = [
