@@ -37,7 +37,12 @@ def _reshaped(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def kernel(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """PyTorch's `[out, in]` or `[out, in, h, w]` to ours, `[in, out]` or `[h, w, in, out]`."""
+  """PyTorch's `[out, in]` or `[out, in, h, w]` to ours, `[in, out]` or `[h, w, in, out]`.
+
+  A 3-D convolution of depth one, `[out, in, h, w, 1]`, is a 2-D one of ours.
+  """
+  if array.ndim == 5 and array.shape[-1] == 1:
+    array = array[..., 0]
   moved = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
   return _reshaped(moved, shape)
 
@@ -45,6 +50,12 @@ def kernel(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def same(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """The array as it is, but for axes of length one."""
   return _reshaped(array, shape)
+
+
+def offsets(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """A table `[y, x, heads]` over key minus query to ours, `[heads, y, x]` over query minus key."""
+  del shape
+  return array.transpose(2, 0, 1)[:, ::-1, ::-1] if array.ndim == 3 else array
 
 
 def heads_joined(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
