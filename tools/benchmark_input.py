@@ -9,6 +9,7 @@ JPEGs of 500x375 pixels at quality 90) through the whole chain: record, decode, 
 import importlib.util
 import io
 import pathlib
+import sys
 import tempfile
 import time
 
@@ -46,6 +47,7 @@ def photographs(count: int) -> list[tuple[bytes, int]]:
 
 def main(argv: list[str]) -> None:
   del argv
+  sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # configs import each other
   spec = importlib.util.spec_from_file_location('config', FLAGS.config)
   assert spec is not None
   assert spec.loader is not None
