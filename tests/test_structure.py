@@ -21,7 +21,7 @@ ALLOWED = {
   'data': {'errors'},
   'training': {'errors', 'ops'},
   'weights': {'errors', 'torch_file'},
-  'macs': {'errors', 'models'},
+  'macs': {'errors', 'models', 'ops'},
   'convert': {'errors', 'weights', 'models'} | _BELOW_MODELS,
   'checkpoint': {'errors', 'weights', 'models', 'training'},
   'planning': {'errors', 'checkpoint', 'convert', 'macs', 'data', 'models', 'training'},

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from vision_attention.models import base
+from vision_attention.ops import cost
 
 
 def count_macs(
@@ -21,7 +22,7 @@ def count_macs(
 
   Elementwise work, norms and softmax count nothing, as in the tables of papers. A convolution
   counts every tap, also those on padding. Where a program differs by backend, the accelerators'
-  form counts, which has the products that the mathematics has.
+  form counts, which has the products that the mathematics has, or what `ops.cost` declares.
 
   Args:
     model: a model of `create_model`, counted for one image in inference; or any function.
@@ -71,6 +72,9 @@ def _count_equation(equation: core.JaxprEqn) -> int:
     return 0
   if name == 'cond':
     return _count_branches(params)
+  declared = cost.declared(str(params.get('name', '')))
+  if declared is not None:
+    return declared
   return sum(_count(inner) for inner in _jaxprs(params.values()))
 
 
