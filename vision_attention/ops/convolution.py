@@ -26,6 +26,8 @@ PADDINGS = ('same', 'symmetric', 'valid')
 _Pads = tuple[tuple[int, int], tuple[int, int]]
 # Winograd's transforms do not pay for themselves on fewer channels or smaller maps.
 _MIN_WINOGRAD = (32, 4)
+# More groups than this are left to XLA: a program with a convolution for each would be long.
+_MAX_GROUPS = 32
 
 
 class _Spec(NamedTuple):
@@ -109,6 +111,9 @@ def _forms(x: Any, kernel: Any, spec: _Spec) -> _Forms:
   if spec.groups > 1:
     if spec.groups == dim == outputs and max(height, width) <= 9:
       return _Forms(cpu.depthwise, cpu.depthwise_dx, cpu.depthwise_dw)
+    if spec.groups <= _MAX_GROUPS:
+      forms = (cpu.grouped, cpu.grouped_dx, cpu.grouped_dw)
+      return _Forms(*(functools.partial(form, groups=spec.groups) for form in forms))
     return _Forms()
   if (height, width) == (1, 1):
     return _Forms(cpu.pointwise, cpu.pointwise_dx, cpu.pointwise_dw)

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 
-def _toeplitz(table: Float[Array, '... offset'], size: int) -> Float[Array, '... q k']:
+def toeplitz(table: Float[Array, '... offset'], size: int) -> Float[Array, '... q k']:
   """Returns `out[..., q, k] = table[..., q - k + size - 1]`, by reshapes alone.
 
   Rows of one padded table, cut one element short, shift by one from row to row. This needs neither
@@ -39,8 +39,8 @@ def relative_bias(table: Float[Array, 'n y x'], height: int, width: int) -> Floa
       f'a table of {offsets[0]}x{offsets[1]} offsets belongs to a map of '
       f'{(offsets[0] + 1) / 2:g}x{(offsets[1] + 1) / 2:g}, not {height}x{width}: resize it'
     )
-  columns = _toeplitz(table, width)  # n y q_w k_w
-  full = _toeplitz(jnp.moveaxis(columns, 1, -1), height)  # n q_w k_w q_h k_h
+  columns = toeplitz(table, width)  # n y q_w k_w
+  full = toeplitz(jnp.moveaxis(columns, 1, -1), height)  # n q_w k_w q_h k_h
   return full.transpose(0, 3, 1, 4, 2).reshape(heads, height * width, height * width)
 
 
