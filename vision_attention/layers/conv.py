@@ -22,6 +22,7 @@ class Conv(nn.Module):
     padding: `same` (TensorFlow: the odd pixel goes bottom and right), `symmetric` (PyTorch's
       `(k - 1) // 2` on either side) or `valid`.
     use_bias: whether a bias of `[dim]` is added.
+    dilation: distance of the kernel's taps.
   """
 
   dim: int
@@ -32,6 +33,7 @@ class Conv(nn.Module):
   use_bias: bool = False
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
   bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  dilation: int = 1
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -49,7 +51,12 @@ class Conv(nn.Module):
     # Loaded variables are NumPy arrays.
     kernel = self.transform(jnp.asarray(kernel)).astype(self.dtype)
     y = convolution.conv(
-      x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding, groups=self.groups
+      x.astype(self.dtype),
+      kernel,
+      stride=self.stride,
+      padding=self.padding,
+      groups=self.groups,
+      dilation=self.dilation,
     )
     if self.use_bias:
       bias = self.param('bias', self.bias_init, (self.dim,), self.param_dtype)
