@@ -1,6 +1,6 @@
 """The global context block (GCNet, arXiv 1904.11492): one attention map for every query."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vision_attention import errors
-from vision_attention.layers import norm, squeeze_excite
+from vision_attention.layers import initializers, norm, squeeze_excite
 from vision_attention.ops import activation
 
 POOLINGS = ('att', 'avg')
 FUSIONS = ('add', 'mul', 'both')
-# PyTorch's default of a convolution's weights.
-SQUEEZE_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 class Transform(nn.Module):
@@ -37,17 +35,18 @@ class Transform(nn.Module):
 
   @nn.compact
   def __call__(self, g: Float[Array, 'b c']) -> Float[Array, 'b c']:
-    def dense(dim: int, init: nn.initializers.Initializer, name: str) -> nn.Dense:
-      return nn.Dense(
-        dim, kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype, name=name
-      )
+    def dense(dim: int, name: str, **inits: nn.initializers.Initializer) -> nn.Dense:
+      return nn.Dense(dim, dtype=self.dtype, param_dtype=self.param_dtype, name=name, **inits)
 
-    y = dense(self.hidden_dim, SQUEEZE_INIT, 'squeeze')(g)
+    inits: dict[str, Any] = {'kernel_init': initializers.TORCH_KERNEL}
+    bias_init = initializers.torch_bias(g.shape[-1])
+    y = dense(self.hidden_dim, 'squeeze', bias_init=bias_init, **inits)(g)
     y = norm.LayerNorm(
       epsilon=self.norm_epsilon, dtype=self.dtype, param_dtype=self.param_dtype, name='norm'
     )(y)
-    last = nn.initializers.zeros if self.zero_init else SQUEEZE_INIT
-    return dense(g.shape[-1], last, 'excite')(activation.by_name(self.activation)(y))
+    if self.zero_init:
+      inits = {'kernel_init': nn.initializers.zeros}
+    return dense(g.shape[-1], 'excite', **inits)(activation.by_name(self.activation)(y))
 
 
 class GlobalContext(nn.Module):
