@@ -46,7 +46,9 @@ def _start(plan: planning.Plan) -> tuple[state.TrainState, state.Window]:
     loaded = checkpoint.load_variables(config.init.path)
   init = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
   init = multihost_utils.process_allgather({k: v for k, v in init.items() if v}, tiled=True)
-  variables, report = transfer.transfer(config.model.name, loaded, init)
+  variables, report = transfer.transfer(
+    config.model.name, loaded, init, fresh_paths=config.init.fresh
+  )
   logger.info('started from %s: %s', config.init.path, report)
   create = functools.partial(state.create, optimizer=plan.optimizer, averaged=config.ema.decay > 0)
   return jax.jit(create, out_shardings=plan.places[0])(variables), window
@@ -62,7 +64,11 @@ class _Evaluator:
 
   def __init__(self, plan: planning.Plan):
     data, self._mesh = plan.config.data, plan.mesh
-    self._step = jax.jit(evaluate.make_eval_step(plan.model.apply, data.mean, data.std))
+    self._step = jax.jit(
+      evaluate.make_eval_step(
+        plan.model.apply, data.mean, data.std, by_class=plan.config.eval.per_class
+      )
+    )
     self._batches = pipeline.eval_batches(
       data,
       batch_size=plan.config.eval.batch_size,
@@ -86,6 +92,7 @@ class _Evaluator:
         batches,
         self._batches.num_examples,
         interrupted,
+        self._batches.label_names,
       )
       if result is None:
         return None
@@ -154,7 +161,9 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
 
   # -- Restore: the run's own checkpoint, else config.init, else fresh parameters.
-  manager = checkpoint.Manager(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_best)
+  manager = checkpoint.Manager(
+    workdir, config.checkpoint.keep_latest, config.checkpoint.keep_best, config.eval.best_by
+  )
   start = manager.latest_step()
   if start is None:
     start, (now, window) = 0, _start(plan)
@@ -174,7 +183,9 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     process_count=jax.process_count(),
   )
   train_step = jax.jit(
-    state.make_train_step(plan.model.apply, plan.optimizer, config, config.data.num_classes),
+    state.make_train_step(
+      plan.model.apply, plan.optimizer, config, config.data.num_classes, plan.class_weights
+    ),
     donate_argnums=0,
     out_shardings=plan.places,
   )
@@ -219,7 +230,8 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
   def save(step: int, found: dict[str, float] | None) -> None:
     began = time.monotonic()
     check_finite()
-    scores = {'top1': found[f'{best_name(found)}/top1']} if found else None
+    best = config.eval.best_by
+    scores = {best: found[f'{best_name(found)}/{best}']} if found else None
     manager.save(step, now, window, config, scores)
     clock.pause(time.monotonic() - began)
 

@@ -16,6 +16,8 @@ DATASETS = {
   'imagenet21k': {'num_classes': 21_841, 'num_train': 12_700_000, 'eval_split': 'validation'},
   'fashion_mnist': {'num_classes': 10, 'num_train': 60_000, 'eval_split': 'test'},
   'digits': {'num_classes': 10, 'num_train': 1442, 'eval_split': 'test'},
+  'ham10000': {'num_classes': 7, 'num_train': 8012, 'eval_split': 'fold0'},
+  'ham10000_holdout': {'num_classes': 7, 'num_train': 7010, 'eval_split': 'test'},
 }
 
 
@@ -117,6 +119,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.init = ml_collections.ConfigDict()
   config.init.path = ''  # a run, a checkpoint or a weight file to start from
   config.init.source = ''  # whose weight file, of a model's REFERENCES; ours if empty
+  config.init.fresh = ()  # patterns of paths that the weights may lack, such as '/module/'
 
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'
@@ -143,6 +146,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss = ml_collections.ConfigDict()
   config.loss.kind = 'softmax'
   config.loss.label_smoothing = 0.0
+  config.loss.class_weights = 'none'  # or 'inverse': by the number of training images of a class
+  config.loss.focal_gamma = 0.0  # arXiv 1708.02002
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = 'adamw'
@@ -182,6 +187,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval = ml_collections.ConfigDict()
   config.eval.every = '1 epochs'
   config.eval.batch_size = 0  # 0: that of training
+  config.eval.per_class = False  # recall, precision and AUC of every class, and their means
+  config.eval.best_by = 'top1'  # what the best checkpoint is best by
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every = '1000 steps'
   config.checkpoint.keep_latest = 1

@@ -28,10 +28,13 @@ class Manager:
   Args:
     workdir: folder of the run.
     keep_latest: how many of the latest are kept.
-    keep_best: how many of the best by `top1` are kept besides.
+    keep_best: how many of the best are kept besides.
+    best_by: the metric, of those given to `save`, that they are best by.
   """
 
-  def __init__(self, workdir: pathlib.Path, keep_latest: int, keep_best: int):
+  def __init__(
+    self, workdir: pathlib.Path, keep_latest: int, keep_best: int, best_by: str = 'top1'
+  ):
     folder = workdir.absolute() / CHECKPOINTS
     if jax.process_index() == 0:
       # A copy of a run that was broken off; Orbax would take the number for a checkpoint.
@@ -43,7 +46,7 @@ class Manager:
     if keep_best:
       policies.append(
         preservation_policy.BestN(
-          get_metric_fn=lambda metrics: metrics['top1'],
+          get_metric_fn=lambda metrics: metrics[best_by],
           n=keep_best,
           keep_checkpoints_without_metrics=False,
         )

@@ -16,7 +16,7 @@ import numpy as np
 from vision_attention import checkpoint, convert, errors, macs
 from vision_attention.data import pipeline
 from vision_attention.models import base, registry
-from vision_attention.training import losses, optimizer, schedule, sharding, state
+from vision_attention.training import losses, optimizer, per_class, schedule, sharding, state
 
 DTYPES = ('float32', 'bfloat16')
 # Config keys that do not change what is computed, so that a run may go on with other values.
@@ -34,6 +34,7 @@ class Plan:
   mesh: jax.sharding.Mesh
   total: int
   factor: Callable[[Any], jax.Array]
+  class_weights: np.ndarray | None
   optimizer: Any
   every: dict[str, int]
   init: Callable[[], tuple[state.TrainState, state.Window]]
@@ -62,6 +63,10 @@ def prepare(config: Any, *, with_data: bool = True) -> Plan:
   elif not (config.data.num_classes and config.data.num_train):
     raise ValueError('without data, config.data.num_classes and num_train must be given')
   _check_values(config)
+  weights = None
+  if with_data and config.loss.class_weights != 'none':
+    # Known to who has the data; a dry run can do without.
+    weights = losses.class_weights(config.loss.class_weights, pipeline.class_counts(config.data))
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   share = mesh.size * config.accumulate
   config.eval.batch_size = config.eval.batch_size or config.batch_size
@@ -106,18 +111,28 @@ def prepare(config: Any, *, with_data: bool = True) -> Plan:
     sharding.shardings(shapes[0], mesh, config.sharding_rules),
     sharding.shardings(shapes[1], mesh),
   )
-  return Plan(config.lock(), model, info, mesh, total, factor, tx, every, init, shapes, places)
+  return Plan(
+    config.lock(), model, info, mesh, total, factor, weights, tx, every, init, shapes, places
+  )
 
 
 def _check_values(config: Any) -> None:
   """Refuses single values that nothing later would name."""
   errors.check_choice('config.loss.kind', config.loss.kind, losses.KINDS)
+  errors.check_choice('config.loss.class_weights', config.loss.class_weights, losses.CLASS_WEIGHTS)
+  best = ('top1', 'top5', *(per_class.MEANS if config.eval.per_class else ()))
+  if config.eval.best_by in per_class.MEANS and not config.eval.per_class:
+    raise ValueError(
+      f'config.eval.best_by {config.eval.best_by!r} needs config.eval.per_class=True'
+    )
+  errors.check_choice('config.eval.best_by', config.eval.best_by, best)
   errors.check_choice('config.model.dtype', config.model.dtype, DTYPES)
   errors.check_choice('config.optimizer.momentum_dtype', config.optimizer.momentum_dtype, DTYPES)
   for key, value, low, high in (
     ('accumulate', config.accumulate, 1, math.inf),
     ('ema.decay', config.ema.decay, 0, 1),
     ('loss.label_smoothing', config.loss.label_smoothing, 0, 1),
+    ('loss.focal_gamma', config.loss.focal_gamma, 0, math.inf),
     ('mixing.prob', config.mixing.prob, 0, 1),
     ('optimizer.learning_rate', config.optimizer.learning_rate, 0, math.inf),
     ('optimizer.weight_decay', config.optimizer.weight_decay, 0, math.inf),

@@ -45,6 +45,11 @@ def dataset_info(config: Any) -> DatasetInfo:
   return DatasetInfo(train.num_classes, len(train), len(evaluation), train.label_names)
 
 
+def class_counts(config: Any) -> np.ndarray:
+  """Returns the number of training examples of every class; reads the training split once."""
+  return source.Source(config.name, config.train_split, config.data_dir or None).class_counts()
+
+
 class Decoded:
   """A source of decoded images; what cannot be decoded raises, or its successor takes its place.
 
@@ -136,6 +141,7 @@ class EvalBatches:
 
   Attributes:
     num_examples: of the whole split.
+    label_names: of the data set.
   """
 
   def __init__(self, config: Any, batch_size: int, process_index: int, process_count: int):
@@ -146,6 +152,7 @@ class EvalBatches:
     self._batch_size = batch_size
     self._process = process_index, process_count
     self.num_examples = len(self._records)
+    self.label_names = self._records.label_names
 
   def __len__(self) -> int:
     return math.ceil(self.num_examples / self._batch_size)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vision_attention import errors
-from vision_attention.data import randaugment
+from vision_attention.data import color, randaugment
 
 # The reader runs many threads of its own.
 cv2.setNumThreads(1)
@@ -142,6 +142,40 @@ def flip(prob: float = 0.5) -> Op:
   return apply
 
 
+def flip_vertical(prob: float = 0.5) -> Op:
+  """Top and bottom exchanged with probability `prob`."""
+
+  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if rng.random() < prob else image
+
+  return apply
+
+
+def rot90() -> Op:
+  """A rotation by 0, 90, 180 or 270 degrees, each as likely: for images that have no top."""
+  turns = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+
+  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    turn = turns[rng.integers(4)]
+    return image if turn is None else image.transpose(turn)
+
+  return apply
+
+
+def color_jitter(
+  brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0
+) -> Op:
+  """Brightness, contrast, saturation and hue changed in random order; see `data.color`.
+
+  Args:
+    brightness: the factor is uniform in `[max(0, 1 - brightness), 1 + brightness]`.
+    contrast: likewise.
+    saturation: likewise.
+    hue: the shift is uniform in `[-hue, hue]` turns of the colour circle; at most 0.5.
+  """
+  return color.jitter(brightness, contrast, saturation, hue)
+
+
 def rand_augment(
   layers: int,
   magnitude: float,
@@ -173,7 +207,18 @@ def rand_augment(
 
 
 _OPS = {
-  op.__name__: op for op in (random_resized_crop, resize, center_crop, pad_crop, flip, rand_augment)
+  op.__name__: op
+  for op in (
+    random_resized_crop,
+    resize,
+    center_crop,
+    pad_crop,
+    flip,
+    flip_vertical,
+    rot90,
+    color_jitter,
+    rand_augment,
+  )
 }
 
 

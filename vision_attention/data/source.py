@@ -19,6 +19,14 @@ _PREPARE = {
     'python tools/prepare_data.py idx --name=fashion_mnist '
     "--input=<folder of *-ubyte.gz, e.g. of Debian's dataset-fashion-mnist>"
   ),
+  'ham10000': (
+    'python tools/prepare_data.py ham10000 --source=<folder of HAM10000_images_part_1.zip, '
+    'HAM10000_images_part_2.zip and HAM10000_metadata.csv>'
+  ),
+  'ham10000_holdout': (
+    'python tools/prepare_data.py ham10000 --splits=holdout --source=<folder of '
+    'HAM10000_images_part_1.zip, HAM10000_images_part_2.zip and HAM10000_metadata.csv>'
+  ),
   'imagenet2012': 'tfds build imagenet2012 --file_format=array_record (needs ILSVRC2012 tars)',
 }
 
@@ -131,6 +139,13 @@ class Source:
 
   def __len__(self) -> int:
     return self._starts[-1]
+
+  def class_counts(self) -> np.ndarray:
+    """Returns the number of examples of every class; reads the whole split."""
+    counts = np.zeros(self.num_classes, np.int64)
+    for i in range(len(self)):
+      counts[self[i].label] += 1
+    return counts
 
   def __getitem__(self, index: int) -> Record:
     from tensorflow_datasets.proto import tf_example_pb2

@@ -33,6 +33,7 @@ def transfer(
   loaded: Mapping[str, Any],
   init: Mapping[str, Any],
   reinit: Sequence[str] = ('head',),
+  fresh_paths: Sequence[str] = (),
 ) -> tuple[dict[str, Any], Report]:
   """Fits loaded variables to a model's freshly initialised ones.
 
@@ -45,6 +46,7 @@ def transfer(
     loaded: variables to take from.
     init: variables of the new model.
     reinit: top-level submodules (`head`) that may differ.
+    fresh_paths: patterns; a path in which one is found may be missing, and keeps its fresh value.
 
   Raises:
     ValueError: listing every array that is missing, left over or of a wrong shape elsewhere.
@@ -59,6 +61,8 @@ def transfer(
     theirs = {path for path in source if path.split('/')[1] == module}
     if mine != theirs or any(np.shape(source[path]) != np.shape(target[path]) for path in mine):
       fresh |= mine | theirs
+  missing = target.keys() - source.keys()
+  fresh |= {path for path in missing if any(re.search(p, path) for p in fresh_paths)}
   values, resized, problems = {}, [], []
   for path, value in target.items():
     if path in fresh:

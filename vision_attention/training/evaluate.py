@@ -1,18 +1,31 @@
 """Exact evaluation: padded examples count nothing, and the number of counted ones is asserted."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
-from vision_attention.training import mixing
+from vision_attention.training import mixing, per_class
 
 Sums = dict[str, jax.Array]
+# What a step returns of single examples besides sums.
+_EXAMPLES = ('logits', 'label', 'mask')
 
 
-def make_eval_step(apply: Callable[..., Any], mean: Any, std: Any) -> Callable[..., Sums]:
-  """Makes `(variables, batch) -> sums` over the examples whose mask is 1."""
+def make_eval_step(
+  apply: Callable[..., Any], mean: Any, std: Any, *, by_class: bool = False
+) -> Callable[..., Sums]:
+  """Makes `(variables, batch) -> sums` over the examples whose mask is 1.
+
+  Args:
+    apply: `model.apply`.
+    mean: of the pixels, per channel.
+    std: of the pixels, per channel.
+    by_class: whether it also counts by class, and returns `logits`, `label` and `mask`.
+  """
 
   def eval_step(variables: Any, batch: Any) -> Sums:
     images = mixing.normalize(batch['image'], mean, std)
@@ -22,12 +35,16 @@ def make_eval_step(apply: Callable[..., Any], mean: Any, std: Any) -> Callable[.
     true = jnp.take_along_axis(logits, batch['label'][:, None], 1)
     # Ties and NaN rank behind: a model that answers the same everywhere is right nowhere.
     rank = (~(logits < true)).sum(-1) - 1
-    return {
+    sums = {
       'count': counted.sum(dtype=jnp.int32),
       'correct1': (counted & (rank < 1)).sum(dtype=jnp.int32),
       'correct5': (counted & (rank < 5)).sum(dtype=jnp.int32),
       'loss': jnp.where(counted, -log_prob, 0.0).sum(),
     }
+    if by_class:
+      sums |= per_class.counts(logits, batch['label'], rank < 1, counted)
+      sums |= {'logits': logits, 'label': batch['label'], 'mask': batch['mask']}
+    return sums
 
   return eval_step
 
@@ -38,6 +55,7 @@ def evaluate(
   batches: Iterable[Any],
   num_examples: int,
   interrupted: Callable[[], bool] = lambda: False,
+  label_names: Sequence[str] = (),
 ) -> dict[str, float] | None:
   """Evaluates on every example once.
 
@@ -47,26 +65,40 @@ def evaluate(
     batches: on the devices.
     num_examples: what the counts must add up to.
     interrupted: asked between batches; whether to give up.
+    label_names: of the classes, for a step that counts by class; their numbers if empty.
 
   Returns:
-    `top1` and `top5` in percent, `loss`, `correct` and `count`; None if interrupted.
+    `top1` and `top5` in percent, `loss`, `correct` and `count`, and of a step that counts by class
+    what `per_class.summarize` returns; None if interrupted.
 
   Raises:
     RuntimeError: if any example was left out or counted twice.
   """
   totals: Sums | None = None
+  examples: list[Sums] = []
   for batch in batches:
     if interrupted():
       return None
     sums = eval_step(variables, batch)
+    if 'logits' in sums:
+      examples.append({key: sums[key] for key in _EXAMPLES})
+      sums = {key: value for key, value in sums.items() if key not in _EXAMPLES}
     totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-  sums = {key: value.item() for key, value in jax.device_get(totals or {}).items()}
-  if sums.get('count') != num_examples:
-    raise RuntimeError(f'evaluated {sums.get("count", 0)} examples of {num_examples}')
-  return {
-    'top1': 100 * sums['correct1'] / num_examples,
-    'top5': 100 * sums['correct5'] / num_examples,
-    'loss': sums['loss'] / num_examples,
-    'correct': sums['correct1'],
+  sums = jax.device_get(totals or {})
+  count = sums['count'].item() if sums else 0
+  if count != num_examples:
+    raise RuntimeError(f'evaluated {count} examples of {num_examples}')
+  found = {
+    'top1': 100 * sums['correct1'].item() / num_examples,
+    'top5': 100 * sums['correct5'].item() / num_examples,
+    'loss': sums['loss'].item() / num_examples,
+    'correct': sums['correct1'].item(),
     'count': num_examples,
   }
+  if not examples:
+    return found
+  # Every process gets the examples of all.
+  gathered = multihost_utils.process_allgather(examples, tiled=True)
+  logits, labels, mask = (np.concatenate([x[key] for x in gathered]) for key in _EXAMPLES)
+  real = mask > 0
+  return found | per_class.summarize(sums, logits[real], labels[real], label_names)

@@ -1,11 +1,13 @@
 """The state of a run, and one training step as a pure function of state, batch and seed."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vision_attention.training import losses, mixing
@@ -65,7 +67,11 @@ def create(
 
 
 def make_train_step(
-  apply: Callable[..., Any], optimizer: optax.GradientTransformation, config: Any, num_classes: int
+  apply: Callable[..., Any],
+  optimizer: optax.GradientTransformation,
+  config: Any,
+  num_classes: int,
+  class_weights: np.ndarray | None = None,
 ) -> Callable[[TrainState, Window, Any], tuple[TrainState, Window]]:
   """Makes the training step.
 
@@ -76,12 +82,19 @@ def make_train_step(
     optimizer: of the parameters.
     config: the whole config.
     num_classes: of the data set.
+    class_weights: of the loss, `[num_classes]`; None weighs all classes alike.
 
   Returns:
     `(state, window, batch) -> (state, window)`; the batch is `image` uint8 `[b, h, w, c]`, `label`
     int32 `[b]`, `corrupt` int32 `[b]`.
   """
   loss_kind, accumulate = config.loss.kind, config.accumulate
+  loss_fn = functools.partial(
+    losses.classification,
+    kind=loss_kind,
+    class_weights=None if class_weights is None else jnp.asarray(class_weights, jnp.float32),
+    focal_gamma=config.loss.focal_gamma,
+  )
 
   def loss_of(params, batch_stats, images, targets, key):
     logits, changed = apply(
@@ -91,7 +104,7 @@ def make_train_step(
       rngs={'dropout': key},
       mutable=['batch_stats'],
     )
-    loss = losses.classification(logits, targets, loss_kind).mean()
+    loss = loss_fn(logits, targets).mean()
     return loss, changed.get('batch_stats', batch_stats)
 
   grad_of = jax.value_and_grad(loss_of, has_aux=True)
