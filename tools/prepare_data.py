@@ -3,6 +3,8 @@
   python tools/prepare_data.py digits
   python tools/prepare_data.py idx --name=fashion_mnist --input=/usr/share/datasets/fashion-mnist
   python tools/prepare_data.py image_folder --name=flowers --input=flowers   # train/rose/1.jpg
+  python tools/prepare_data.py ham10000 --source=HAM10000                    # five folds
+  python tools/prepare_data.py ham10000 --source=HAM10000 --splits=holdout   # 70 / 10 / 20 %
 
 Fashion-MNIST's files are in Debian's package dataset-fashion-mnist. A data set lands in
 `--data_dir` (default: $TFDS_DATA_DIR or `data`), where training looks for it.
@@ -13,7 +15,7 @@ import os
 import pathlib
 import sys
 
-from vision_attention.data import builders
+from vision_attention.data import builders, ham10000
 
 FASHION = (
   't_shirt_top trouser pullover dress coat sandal shirt sneaker bag ankle_boot'.split()  # noqa: SIM905
@@ -24,22 +26,29 @@ def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('kind', choices=('digits', 'idx', 'image_folder'))
-  parser.add_argument('--name', help='of the data set; digits needs none')
-  parser.add_argument('--input', type=pathlib.Path, help='folder of the files')
+  parser.add_argument('kind', choices=('digits', 'idx', 'image_folder', 'ham10000'))
+  parser.add_argument('--name', help='of the data set; digits and ham10000 need none')
+  parser.add_argument('--input', '--source', type=pathlib.Path, help='folder of the files')
+  parser.add_argument('--splits', choices=tuple(ham10000.SPLITS), default='folds', help='ham10000')
+  parser.add_argument('--seed', type=int, default=0, help="of ham10000's splits")
   parser.add_argument(
     '--data_dir', type=pathlib.Path, default=pathlib.Path(os.environ.get('TFDS_DATA_DIR', 'data'))
   )
   parser.add_argument('--overwrite', action='store_true')
   args = parser.parse_args()
-  if args.kind != 'digits' and not (args.name and args.input):
-    parser.error(f'{args.kind} needs --name and --input')
-  name = args.name or 'digits'
+  if args.kind != 'digits' and not args.input:
+    parser.error(f'{args.kind} needs --{"source" if args.kind == "ham10000" else "input"}')
+  if args.kind in ('idx', 'image_folder') and not args.name:
+    parser.error(f'{args.kind} needs --name')
+  holdout = args.kind == 'ham10000' and args.splits == 'holdout'
+  name = args.name or ('ham10000_holdout' if holdout else args.kind)
   try:
     if args.kind == 'digits':
       raw = builders.digits()
     elif args.kind == 'idx':
       raw = builders.idx(args.input, FASHION if name == 'fashion_mnist' else None)
+    elif args.kind == 'ham10000':
+      raw = ham10000.ham10000(args.input, splits=args.splits, seed=args.seed)
     else:
       raw = builders.image_folder(args.input)
     folder = builders.write(name, raw, args.data_dir, overwrite=args.overwrite)
@@ -51,6 +60,8 @@ def main() -> int:
     print(error, file=sys.stderr)
     return 2
   print(f'wrote {name} to {folder}')
+  if args.kind == 'ham10000':
+    print(ham10000.summary(raw.files['splits.csv']))
   return 0
 
 

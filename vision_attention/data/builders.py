@@ -20,12 +20,21 @@ _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
 
 @dataclasses.dataclass(frozen=True)
 class Raw:
-  """What a data set is written from: encoded images with labels, per split."""
+  """What a data set is written from: encoded images with labels, per split.
+
+  Attributes:
+    splits: per split, pairs of image and label; read once.
+    label_names: of the classes.
+    shape: of the images; None where they differ.
+    description: of the data set.
+    files: text files to be kept beside it, by name.
+  """
 
   splits: Mapping[str, Iterable[tuple[bytes, int]]]
   label_names: Sequence[str]
   shape: tuple[int | None, int | None, int]
   description: str
+  files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -186,6 +195,8 @@ def write(
       description=raw.description,
       check_data=False,
     )
+    for file, text in raw.files.items():
+      (folder / file).write_text(text)
     if target.exists():
       shutil.rmtree(target)
     folder.rename(target)
