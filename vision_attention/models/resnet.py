@@ -21,7 +21,7 @@ from vision_attention.models import base, resnet_blocks, resnet_variants
 VARIANTS = resnet_variants.VARIANTS
 REFERENCES = resnet_variants.REFERENCES
 ModuleDef = Callable[..., nn.Module]
-PerBlock = Sequence[Sequence[ModuleDef | None]]
+PerBlock = Sequence[Sequence[operators.Spec | None]]
 CONV_INIT = nn.initializers.lecun_normal()
 
 
@@ -85,7 +85,8 @@ def build(
   depths: Sequence[int],
   block: str = 'bottleneck',
   width: int = 64,
-  wide: int = 1,
+  wide: float = 1,
+  groups: int = 1,
   expansion: float = 4,
   strides: Sequence[int] | None = None,
   stem: resnet_blocks.Stemlike = '7x7',
@@ -122,9 +123,11 @@ def build(
     block: `bottleneck` or `basic`.
     width: channels inside the blocks of the first stage.
     wide: factor of the channels inside bottlenecks.
+    groups: of the 3x3 convolutions of bottlenecks (arXiv 1611.05431).
     expansion: output channels of a bottleneck relative to the stage's width.
     strides: per stage, of its first block; 1 and then 2 unless given.
-    stem: `7x7`, `deep`, `deep_conv` or `small` (see `resnet_blocks.Stem`), or a module.
+    stem: `7x7`, `deep`, `deep_tiered`, `deep_conv` or `small` (see `resnet_blocks.Stem`), or a
+      module.
     shortcut: `conv`, or `avg` for the -D form.
     shortcut_activation: whether an activation follows a projected shortcut beside an operator.
     se_ratio: width of the SE squeeze relative to the block's output, 0 for no SE.
@@ -161,6 +164,8 @@ def build(
     errors.check_choice('stem', stem, resnet_blocks.STEMS)
   if block == 'basic' and wide != 1:
     raise ValueError(f'wide={wide} widens bottlenecks; basic blocks take width')
+  if block == 'basic' and groups != 1:
+    raise ValueError(f'groups={groups} is for bottlenecks; basic blocks have one group')
   strides = (1, *[2] * (len(depths) - 1)) if strides is None else tuple(strides)
   heads_of = [num_heads] * len(depths) if isinstance(num_heads, int) else list(num_heads)
   if not len(depths) == len(strides) == len(heads_of):
@@ -169,6 +174,10 @@ def build(
 
   if resnet_blocks.is_nested(module):
     inside, behind, operator = resnet_blocks.spread(module, depths), None, None
+    inside = [
+      [made and operators.bind(operators.module(made), **types) for made in stage]
+      for stage in inside
+    ]
   else:
     inside, behind, operator = _place(module, module_stages, depths, types)  # pyright: ignore
   if operator is not None:
@@ -188,7 +197,10 @@ def build(
     inside = resnet_blocks.per_block(squeeze, depths, range(1, len(depths) + 1))
 
   if resnet_blocks.is_nested(attn):
-    spatial = resnet_blocks.spread(attn, depths)
+    spatial = [
+      [made and operators.operator(made) for made in stage]
+      for stage in resnet_blocks.spread(attn, depths)
+    ]
   elif attn is None:
     spatial = resnet_blocks.per_block(None, depths, ())
   else:
@@ -211,6 +223,7 @@ def build(
     bottleneck=block == 'bottleneck',
     width=width,
     wide=wide,
+    groups=groups,
     expansion=expansion,
     stem=stem,
     average_shortcut=shortcut == 'avg',

@@ -21,7 +21,7 @@ from vision_attention.ops import activation, convolution
 ModuleDef = Callable[..., nn.Module]
 # A stem by name, or a module.
 Stemlike = str | ModuleDef
-STEMS = ('7x7', 'deep', 'deep_conv', 'small')
+STEMS = ('7x7', 'deep', 'deep_tiered', 'deep_conv', 'small')
 
 
 def halve(x: Float[Array, 'b h w c']) -> Float[Array, 'b p q c']:
@@ -75,6 +75,7 @@ class Block(nn.Module):
     shortcut_activation: after a projected shortcut, or None.
     drop_path: rate of stochastic depth.
     last_scale_init: of the branch's last norm.
+    groups: of the 3x3 convolution of a bottleneck (ResNeXt).
   """
 
   dim: int
@@ -90,6 +91,7 @@ class Block(nn.Module):
   conv: ModuleDef
   norm: ModuleDef
   shortcut_activation: str | None = None
+  groups: int = 1
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
@@ -108,7 +110,8 @@ class Block(nn.Module):
         norm_after = operators.trait(self.attn, 'norm_after', True)
         act_after = operators.trait(self.attn, 'act_after', True)
       else:
-        y = self.conv(dim, kernel_size=kernel_size, stride=stride, name=f'conv{i}')(y)
+        groups = self.groups if i == spatial else 1
+        y = self.conv(dim, kernel_size, stride, groups, name=f'conv{i}')(y)
       if norm_after:
         init = self.last_scale_init if last else nn.initializers.ones
         y = self.norm(scale_init=init, name=f'norm{i}')(y, train=train)
@@ -142,9 +145,10 @@ class Stem(nn.Module):
   """From the image to a quarter of its size (`small`: to its own size).
 
   Attributes:
-    kind: `7x7` and max-pool; `deep`, three 3x3 convolutions and max-pool (-D); `deep_conv`, the
-      same with a strided convolution in place of the pool (RS); `small`, one 3x3 convolution.
-    dim: output channels; the deep stems have half of it inside.
+    kind: `7x7` and max-pool; `deep`, three 3x3 convolutions and max-pool (-D); `deep_tiered`, the
+      same in growing width (timm's "t"); `deep_conv`, with a strided convolution in place of the
+      pool (RS); `small`, one 3x3 convolution.
+    dim: output channels; the deep stems have half of it inside, `deep_tiered` 3/8 and 1/2.
     pool_padding: of the max-pool: `symmetric` (PyTorch) or `same` (TensorFlow).
   """
 
@@ -161,6 +165,7 @@ class Stem(nn.Module):
     layers = {
       '7x7': [(self.dim, 7, 2)],
       'deep': [(self.dim // 2, 3, 2), (self.dim // 2, 3, 1), (self.dim, 3, 1)],
+      'deep_tiered': [(3 * self.dim // 8, 3, 2), (self.dim // 2, 3, 1), (self.dim, 3, 1)],
       'deep_conv': [
         (self.dim // 2, 3, 2),
         (self.dim // 2, 3, 1),
@@ -172,7 +177,7 @@ class Stem(nn.Module):
     for i, (dim, kernel_size, stride) in enumerate(layers, 1):
       x = self.conv(dim, kernel_size=kernel_size, stride=stride, name=f'conv{i}')(x)
       x = act(self.norm(name=f'norm{i}')(x, train=train))
-    if self.kind in ('7x7', 'deep'):
+    if self.kind in ('7x7', 'deep', 'deep_tiered'):
       x = convolution.max_pool(x, window=3, stride=2, padding=self.pool_padding)
     return x
 
@@ -186,6 +191,7 @@ class ResNet(nn.Module):
     bottleneck: kind of the blocks.
     width: channels inside the first stage's blocks, doubled from stage to stage.
     wide: factor of the channels inside bottlenecks (2 in Wide-ResNet-50-2).
+    groups: of the 3x3 convolutions of bottlenecks (32 in ResNeXt).
     expansion: a bottleneck's output channels relative to the stage's width.
     stem: a name of `Stem`, or a module called with its name.
     average_shortcut: see `Shortcut`.
@@ -201,7 +207,7 @@ class ResNet(nn.Module):
   strides: Sequence[int]
   bottleneck: bool
   width: int
-  wide: int
+  wide: float
   expansion: float
   stem: Stemlike
   average_shortcut: bool
@@ -218,6 +224,7 @@ class ResNet(nn.Module):
   norm_epsilon: float
   norm_momentum: float
   remat: bool
+  groups: int = 1
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -245,7 +252,7 @@ class ResNet(nn.Module):
         block = functools.partial(
           Block,
           dim=int(self.expansion * inner_dim) if self.bottleneck else inner_dim,
-          inner_dim=self.wide * inner_dim,
+          inner_dim=int(self.wide * inner_dim),
           stride=self.strides[i] if j == 0 else 1,
           bottleneck=self.bottleneck,
           average_shortcut=self.average_shortcut,
@@ -259,6 +266,7 @@ class ResNet(nn.Module):
           shortcut_activation=(
             self.activation if self.shortcut_activation and attn is not None else None
           ),
+          groups=self.groups if self.bottleneck else 1,
         )
         blocks.append(block)
       name = f'stage{i + 1}'
