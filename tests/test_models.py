@@ -25,6 +25,8 @@ TINY = {
     stem_depths=(1, 1), dim=24, depth=1, mlp_dim=32, num_heads=3, image_size=64, pool='gap'
   ),
   'coatnet_0': dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 32), stem_dim=8, image_size=64),
+  'aa_resnet_50': dict(depths=(1, 1, 1), width=8, num_heads=2, image_size=32),
+  'ea_aa_resnet_50': dict(depths=(1, 2, 1), width=8, num_heads=2, image_size=32),
   'coatnet_7': dict(
     depths=(1, 1, 1, 1, 1), dims=(8, 8, 16, 32, 64), stem_dim=8, head_dim=32, image_size=64
   ),

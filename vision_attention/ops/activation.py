@@ -28,6 +28,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 _BY_NAME: dict[str, Activation] = {
   'relu': jax.nn.relu,
   'relu6': jax.nn.relu6,
+  'leaky_relu': jax.nn.leaky_relu,
   'silu': jax.nn.silu,
   'hard_swish': jax.nn.hard_swish,
   'hard_sigmoid': jax.nn.hard_sigmoid,

@@ -29,6 +29,18 @@ def attention_weights(
   return jax.nn.softmax(attention_logits(query, key, bias, scale=scale), axis=-1)
 
 
+def attend(
+  logits: Float[Array, 'b n q k'], value: Float[Array, 'b k n e']
+) -> Float[Array, 'b q n e']:
+  """Returns `softmax(logits) value`, in the values' type; see `dot_product_attention`."""
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+  total = jnp.einsum('bnqk->bqn', weights)
+  mixed = jnp.einsum(
+    'bnqk,bkne->bqne', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+  )
+  return (mixed / total[..., None]).astype(value.dtype)
+
+
 def dot_product_attention(
   query: Float[Array, 'b q n d'],
   key: Float[Array, 'b k n d'],
@@ -49,10 +61,4 @@ def dot_product_attention(
     bias: added to the logits, for example a relative position bias; broadcasts over the batch.
     scale: factor of the logits, `d ** -0.5` unless given.
   """
-  logits = attention_logits(query, key, bias, scale=scale)
-  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-  total = jnp.einsum('bnqk->bqn', weights)
-  mixed = jnp.einsum(
-    'bnqk,bkne->bqne', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-  )
-  return (mixed / total[..., None]).astype(value.dtype)
+  return attend(attention_logits(query, key, bias, scale=scale), value)
