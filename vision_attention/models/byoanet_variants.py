@@ -152,14 +152,6 @@ VARIANTS = {
   'eca_botnext26ts_256': _variant(
     _A26, 10_593_301, 79.26, attn={**_BOT, 'head_dim': 16}, gate=_ECA, group_size=16, **_S
   ),
-  'halonet_h1': _variant(
-    ('AAA', 'AAA', 'A' * 10, 'AAA'),
-    8_100_056,
-    dims=(64, 128, 256, 512),
-    ratio=1.0,
-    attn=_H3,
-    stem='7x7',
-  ),
   'halonet26t': _variant(_A26, 12_480_288, 79.13, attn=_H2),
   'halonet50ts': _variant(
     _A50, 22_733_280, 81.64, attn=(None, {**_H3, 'num_heads': 4}, _H3, _H3), **_S
