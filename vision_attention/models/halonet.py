@@ -195,8 +195,8 @@ def _timm_rules(options: Mapping[str, Any]) -> Sequence[reference.Rule]:
   }
   return [
     *(rule(theirs + a, ours + b, kind) for a, (b, kind) in names.items()),
-    rule(r'stem\.conv', 'backbone/stem/conv1', conv_),
-    rule(r'stem\.bn', 'backbone/stem/norm1', norm_),
+    rule(r'stem\.conv1\.conv', 'backbone/stem/conv1', conv_),
+    rule(r'stem\.conv1\.bn', 'backbone/stem/norm1', norm_),
     rule(r'head\.fc', 'head/classifier', reference.DENSE),
   ]
 
