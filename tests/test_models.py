@@ -30,6 +30,14 @@ TINY = {
   ),
   'coatnet_0': dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 32), stem_dim=8, image_size=64),
   'aa_resnet_50': dict(depths=(1, 1, 1), width=8, num_heads=2, image_size=32),
+  'aa_mnasnet': dict(
+    groups=((1, 3, 2, 1, 8), (1, 5, 2, 2, 8, 1.0), (1, 3, 2, 2, 16)),
+    stem_dim=8,
+    final_dim=16,
+    num_heads=2,
+    dropout=0.0,
+    image_size=32,
+  ),
   'ea_aa_resnet_50': dict(depths=(1, 2, 1), width=8, num_heads=2, image_size=32),
   'coatnet_7': dict(
     depths=(1, 1, 1, 1, 1), dims=(8, 8, 16, 32, 64), stem_dim=8, head_dim=32, image_size=64

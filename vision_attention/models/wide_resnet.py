@@ -16,8 +16,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vision_attention import errors
+from vision_attention.attention import operators
 from vision_attention.layers import conv, heads, norm, stage
-from vision_attention.models import base
+from vision_attention.models import base, resnet_blocks
 from vision_attention.ops import convolution
 
 ModuleDef = Callable[..., nn.Module]
@@ -42,6 +43,7 @@ class PreActBlock(nn.Module):
     stride: of the first convolution.
     shared: whether the shortcut starts after the first activation.
     projected: whether a shortcut that changes channels is a 1x1 convolution.
+    attn: an operator in place of the first convolution, or None; see `resnet_blocks.Block`.
   """
 
   dim: int
@@ -50,6 +52,7 @@ class PreActBlock(nn.Module):
   projected: bool
   conv: ModuleDef
   norm: ModuleDef
+  attn: ModuleDef | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
@@ -60,9 +63,17 @@ class PreActBlock(nn.Module):
       shortcut = self.conv(self.dim, 1, self.stride, name='shortcut')(shortcut)
     else:
       shortcut = pad_shortcut(shortcut, self.dim, self.stride)
-    y = self.conv(self.dim, 3, self.stride, name='conv1')(y)
+    y = self._first(y, train)
     y = jax.nn.relu(self.norm(name='norm2')(y, train=train))
     return shortcut + self.conv(self.dim, 3, name='conv2')(y)
+
+  def _first(self, y: Float[Array, 'b h w c'], train: bool) -> Float[Array, 'b p q d']:
+    if self.attn is None:
+      return self.conv(self.dim, 3, self.stride, name='conv1')(y)
+    if operators.has_field(self.attn, 'stride'):
+      return self.attn(dim=self.dim, stride=self.stride, name='attn')(y, train=train)
+    y = self.attn(dim=self.dim, name='attn')(y, train=train)
+    return resnet_blocks.halve(y) if self.stride > 1 else y
 
 
 class WideResNet(nn.Module):
@@ -72,11 +83,15 @@ class WideResNet(nn.Module):
     depth: `6 n + 4` layers.
     width: factor on the channels 16, 32, 64.
     padded: whether shortcuts have no parameters, and span groups and network too.
+    attn: an operator in place of every block's first convolution, or None.
+    remat: whether blocks are computed again in the backward pass.
   """
 
   depth: int
   width: int
   padded: bool
+  attn: ModuleDef | None = None
+  remat: bool = False
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -102,10 +117,11 @@ class WideResNet(nn.Module):
           projected=not self.padded,
           conv=layer,
           norm=batch_norm,
+          attn=self.attn,
         )
         for j in range((self.depth - 4) // 6)
       ]
-      x = stage.Stage(blocks, name=name)(x, train=train)
+      x = stage.Stage(blocks, self.remat, name=name)(x, train=train)
       if self.padded:
         x = x + pad_shortcut(start, x.shape[-1], 2 if i else 1)
       features[name] = x
@@ -124,6 +140,9 @@ def build(
   depth: int,
   width: int,
   shortcut: str = 'pad',
+  attn: operators.Spec | None = None,
+  num_heads: int = 4,
+  remat: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -135,6 +154,9 @@ def build(
     depth: `6 n + 4` layers.
     width: factor on the channels 16, 32, 64.
     shortcut: `pad` (no parameters) or `conv`.
+    attn: an operator in place of every block's first convolution, or None.
+    num_heads: of the operator.
+    remat: whether blocks are computed again in the backward pass.
   """
   errors.check_choice('shortcut', shortcut, ('pad', 'conv'))
   if (depth - 4) % 6 or depth < 10:
@@ -143,7 +165,12 @@ def build(
   if any(side % 4 for side in image_size):
     raise ValueError(f'image_size {image_size} must be multiples of 4')
   types: dict = {'dtype': dtype, 'param_dtype': param_dtype}
-  backbone = functools.partial(WideResNet, depth, width, shortcut == 'pad', **types)
+  operator = None
+  if attn is not None:
+    operator = operators.bind(operators.operator(attn), num_heads=num_heads, **types)
+  backbone = functools.partial(
+    WideResNet, depth, width, shortcut == 'pad', operator, remat=remat, **types
+  )
   head = functools.partial(
     heads.LinearHead, num_classes=num_classes, feature='final', kernel_init=DENSE_INIT, **types
   )
