@@ -26,6 +26,8 @@ ALLOWED = {
   'checkpoint': {'errors', 'weights', 'models', 'training'},
   'planning': {'errors', 'checkpoint', 'convert', 'macs', 'data', 'models', 'training'},
   'torch_file': set(),
+  'runs': {'training'},
+  'comparison': {'errors', 'runs'},
 }
 
 

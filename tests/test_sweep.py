@@ -1,0 +1,202 @@
+"""Sweeps: which runs a line means, where they lie, which of them are finished."""
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import skin_lesions
+from tools import sweep
+from vision_attention import planning, runs
+
+pytestmark = pytest.mark.fast
+CONFIG = 'configs/skin_lesions.py:local'
+
+
+def _write_run(folder: pathlib.Path, step: int, total: int = 90, **metrics: float) -> None:
+  folder.mkdir(parents=True, exist_ok=True)
+  config = {'total': '1 epochs', 'batch_size': 10, 'data': {'num_train': 10 * total}, 'seed': 0}
+  (folder / runs.CONFIG).write_text(json.dumps(config))
+  rows = [{'step': 1, 'train/loss': 2.0}, {'step': step, 'eval/top1': 50.0, **metrics}]
+  (folder / runs.METRICS).write_text('\n'.join(map(json.dumps, rows)) + '\n{"step": 9')
+
+
+def test_a_grid_has_every_combination_with_seeds_running_fastest():
+  got = sweep.expand(['module=none,se', 'variant=resnet_18,resnet_34'], seeds=2)
+  assert len(got) == 8
+  assert got[0] == {'module': 'none', 'variant': 'resnet_18', 'config.seed': '0'}
+  assert [v['config.seed'] for v in got] == ['0', '1'] * 4
+  assert [v['module'] for v in got] == ['none'] * 4 + ['se'] * 4
+  assert sweep.expand([]) == [{}]
+
+
+def test_zipped_keys_change_together():
+  got = sweep.expand(['seed=0,1'], [['lr=1e-3,3e-3', 'wd=0.1,0.2']])
+  assert len(got) == 4
+  assert {(v['lr'], v['wd']) for v in got} == {('1e-3', '0.1'), ('3e-3', '0.2')}
+  assert len(sweep.expand([], [['a=1,2'], ['b=1,2,3']])) == 6
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 3))
+def test_no_two_runs_are_alike(lengths, seeds):
+  grid = [f'k{i}=' + ','.join(map(str, range(n))) for i, n in enumerate(lengths)]
+  values = sweep.expand(grid, seeds=seeds)
+  expected = seeds
+  for n in lengths:
+    expected *= n
+  found = sweep.jobs(CONFIG, pathlib.Path('runs/x'), values)
+  assert len({job.workdir for job in found}) == len({job.command for job in found}) == expected
+
+
+def test_commas_within_brackets_belong_to_a_value():
+  key, values = sweep.parse_axis('model.options.depths=(1, 2),(2, 2)')
+  assert (key, values) == ('model.options.depths', ('(1, 2)', '(2, 2)'))
+  assert sweep.parse_axis("data.train_ops=('a(1, b=2)','c'),()")[1] == ("('a(1, b=2)','c')", '()')
+
+
+@pytest.mark.parametrize(
+  'grid, zipped, message',
+  [
+    (['module'], [], "'module' does not read like key=value1,value2"),
+    (['module='], [], 'does not read like'),
+    (['module=se,se'], [], 'with different values'),
+    (['a=1,2', 'a=3'], [], 'a is given twice'),
+    (['optimizer.b1=1', 'config.optimizer.b1=2'], [], 'config.optimizer.b1 is given twice'),
+    ([], [['a=1,2', 'b=1,2,3']], 'a has 2, b has 3'),
+  ],
+)
+def test_what_cannot_be_meant_is_refused(grid, zipped, message):
+  with pytest.raises(ValueError, match=message):
+    sweep.expand(grid, zipped)
+
+
+def test_commands_are_those_of_the_trainer():
+  values = sweep.expand(['module=se', 'optimizer.learning_rate=1e-3'], seeds=1)
+  (job,) = sweep.jobs(CONFIG, pathlib.Path('runs/x'), values, ['--config.total=3 steps'])
+  assert shlex.split(str(job)) == [
+    'python',
+    'main.py',
+    '--config=configs/skin_lesions.py:local,module=se',
+    '--config.total=3 steps',
+    '--config.optimizer.learning_rate=1e-3',
+    '--config.seed=0',
+    '--workdir=runs/x/module=se,learning_rate=1e-3,seed=0',
+  ]
+  (plain,) = sweep.jobs('configs/vit_s16.py', pathlib.Path('runs/x'), [{}])
+  assert plain.command[2:] == ('--config=configs/vit_s16.py', '--workdir=runs/x')
+  (first,) = sweep.jobs('configs/vit_s16.py', pathlib.Path('runs/x'), [{'epochs': '3'}])
+  assert first.command[2] == '--config=configs/vit_s16.py:epochs=3'
+  with pytest.raises(ValueError, match='two runs would lie in'):
+    sweep.jobs(CONFIG, pathlib.Path('x'), [{'a.b': '/1'}, {'a.b': '_1'}])
+  with pytest.raises(ValueError, match='has no commas'):
+    sweep.jobs(CONFIG, pathlib.Path('x'), [{'a': '(1, 2)'}])
+
+
+@pytest.mark.parametrize('step, done', [(90, True), (80, False)])
+def test_a_run_is_finished_at_its_last_step(tmp_path, step, done):
+  (job,) = sweep.jobs(CONFIG, tmp_path, [{'module': 'se'}])
+  assert not sweep.is_done(job)
+  _write_run(job.workdir, step)
+  assert sweep.is_done(job) is done
+  (job.workdir / sweep.COMMAND).write_text(f'{job}\n')
+  assert sweep.is_done(job) is done
+
+
+def test_a_folder_of_another_command_is_not_taken_for_done(tmp_path):
+  (job,) = sweep.jobs(CONFIG, tmp_path, [{'module': 'se'}], ['--config.total=3 steps'])
+  (other,) = sweep.jobs(CONFIG, tmp_path, [{'module': 'se'}])
+  _write_run(job.workdir, 90)
+  (job.workdir / sweep.COMMAND).write_text(f'{job}\n')
+  with pytest.raises(ValueError, match='holds the run of another command'):
+    sweep.is_done(other)
+
+
+def test_runs_go_on_where_one_fails_and_finished_ones_are_left_out(tmp_path):
+  values = sweep.expand(['module=none,se,eca'])
+  found = sweep.jobs(CONFIG, tmp_path, values)
+  called = []
+
+  def call(job):
+    called.append(job.workdir.name)
+    if job.workdir.name == 'module=se':
+      return 2
+    _write_run(job.workdir, 90)
+    return 0
+
+  assert sweep.run(found, call) == [found[1]]
+  assert called == ['module=none', 'module=se', 'module=eca']
+  assert [job for job in found if not sweep.is_done(job)] == [found[1]]
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  line = [f'--config={CONFIG}', '--workdir=runs', '--grid', 'module=none,se', '--seeds=2']
+  assert sweep.main([*line, '--config.total=3 steps']) == 0
+  printed = capsys.readouterr().out.splitlines()
+  assert printed[0] == '# 4 runs, 0 of them finished'
+  assert len(printed) == 5
+  assert "'--config.total=3 steps'" in printed[1]
+  _write_run(tmp_path / 'runs/module=none,seed=1', 90)
+  sweep.main(line)
+  printed = capsys.readouterr().out.splitlines()
+  assert printed[0] == '# 4 runs, 1 of them finished'
+  assert not [text for text in printed if 'module=none,seed=1' in text]
+  with pytest.raises(SystemExit):
+    sweep.main([*line, '--seds=3'])
+  assert "unknown arguments ['--seds=3']" in capsys.readouterr().err
+  assert sweep.main([*line, '--grid', 'module=eca']) == 2
+  assert 'module is given twice' in capsys.readouterr().err
+
+
+def test_a_slurm_script_runs_the_task_of_its_number(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'main.py').write_text('import sys; print(sys.argv[1:])')
+  values = sweep.expand(['module=none,se'])
+  overrides = ['--config.total=3 steps', "--config.model.options.stem='small'"]
+  found = sweep.jobs(CONFIG, pathlib.Path('runs'), values, overrides, sys.executable)
+  (tmp_path / 'job.sh').write_text(sweep.slurm_script(found, pathlib.Path('runs')))
+  assert '#SBATCH --array=0-1\n' in (tmp_path / 'job.sh').read_text()
+  done = subprocess.run(
+    ['bash', 'job.sh'], capture_output=True, text=True, check=True, env={'SLURM_ARRAY_TASK_ID': '1'}
+  )
+  assert done.stdout.strip() == str(list(found[1].command[2:]))
+
+
+# -- What is swept.
+
+
+def test_the_protocol_for_skin_lesions():
+  """The crossed folds, the two regimes, and what the loss and the best checkpoint go by."""
+  config = skin_lesions.get_config('module=cbam,variant=resnet_50,fold=2,seed=4')
+  assert config.data.name == 'ham10000'
+  assert config.data.eval_split == 'fold2'
+  assert config.data.train_split == 'fold0+fold1+fold3+fold4'
+  assert (config.seed, config.model.options.module) == (4, 'cbam')
+  assert config.loss.class_weights == 'inverse'
+  assert (config.eval.per_class, config.eval.best_by) == (True, 'balanced_accuracy')
+  assert (config.batch_size, config.total, config.optimizer.name) == (64, '60 epochs', 'sgd')
+  tuned = skin_lesions.get_config('init=r50.pth,source=torchvision')
+  assert (tuned.optimizer.name, tuned.optimizer.learning_rate) == ('adamw', 1e-4)
+  assert tuned.model.options.module is None
+  holdout = skin_lesions.get_config('fold=-1')
+  assert holdout.data.name == 'ham10000_holdout'
+  assert (holdout.data.train_split, holdout.data.eval_split) == ('train', 'test')
+  for arg in ('fold=5', 'fold=-2'):
+    with pytest.raises(ValueError, match='must be 0 to 4'):
+      skin_lesions.get_config(arg)
+  with pytest.raises(ValueError, match='go with ham10000'):
+    skin_lesions.get_config('local,fold=1')
+
+
+@pytest.mark.parametrize('module, count', [('none', 11_180_103), ('se', 11_269_183)])
+def test_seven_classes_have_the_parameters_as_counted(module, count):
+  """A thousand classes less 993 of 512 inputs and a bias."""
+  plan = planning.prepare(skin_lesions.get_config(f'module={module}'), with_data=False)
+  assert sum(x.size for x in jax.tree.leaves(plan.shapes[0].params)) == count
+  assert plan.total == round(60 * 8012 / 64)

@@ -1,0 +1,237 @@
+"""Runs one config with many values: every combination of a grid, with several seeds.
+
+  python tools/sweep.py --config=configs/skin_lesions.py:local --workdir=runs/modules \
+    --grid module=none,se,eca variant=resnet_18,resnet_34 --seeds=3 --config.total='10 epochs'
+
+prints a command for each of the 18 runs. `--run` runs them here instead, one after the other, and
+`--slurm=modules.sh` writes a script for `sbatch`. What is finished is left out, and what was
+interrupted goes on, so that the same line may be given again.
+
+A key with a dot is a value of the config (`optimizer.learning_rate=1e-3,3e-3`), any other an
+argument after the config's colon. The keys of one `--zip` change together. Values with commas
+stand in brackets. Whatever begins with `--config.` goes to every run. `tools/collect.py` makes a
+table of the results.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from vision_attention import runs
+
+COMMAND = 'command.txt'
+_OPENING, _CLOSING = '([{', ')]}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One run: its folder and the command that makes it."""
+
+  workdir: pathlib.Path
+  command: tuple[str, ...]
+
+  def __str__(self) -> str:
+    return shlex.join(self.command)
+
+
+def parse_axis(text: str) -> tuple[str, tuple[str, ...]]:
+  """Reads `key=v1,v2`; commas within brackets or quotes belong to a value.
+
+  Raises:
+    ValueError: if it does not read so, or a value stands in it twice.
+  """
+  key, given, rest = text.partition('=')
+  values, depth, quote = [''], 0, ''
+  for char in rest:
+    if quote:
+      quote = '' if char == quote else quote
+    elif char in '\'"':
+      quote = char
+    depth += (char in _OPENING) - (char in _CLOSING)
+    if char == ',' and not depth and not quote:
+      values.append('')
+    else:
+      values[-1] += char
+  if not key or not given or not all(values) or len(set(values)) < len(values):
+    raise ValueError(f'{text!r} does not read like key=value1,value2 with different values')
+  return key, tuple(values)
+
+
+def expand(
+  grid: Iterable[str], zipped: Iterable[Iterable[str]] = (), seeds: int = 0
+) -> list[dict[str, str]]:
+  """Returns the values of every run, the seeds running fastest.
+
+  Args:
+    grid: axes as text, of which every combination is made.
+    zipped: groups of axes of the same length, whose keys change together.
+    seeds: number of seeds, from 0; 0 for that of the config.
+
+  Raises:
+    ValueError: for an axis that cannot be read, zipped axes of different lengths, or a key twice.
+  """
+  axes = [[{key: value} for value in values] for key, values in map(parse_axis, grid)]
+  for group in zipped:
+    parsed = [parse_axis(text) for text in group]
+    lengths = {len(values) for _, values in parsed}
+    if len(lengths) > 1:
+      counts = ', '.join(f'{key} has {len(values)}' for key, values in parsed)
+      raise ValueError(f'zipped keys must have as many values as each other: {counts}')
+    rows = zip(*(values for _, values in parsed), strict=True)
+    axes.append([{key: v for (key, _), v in zip(parsed, row, strict=True)} for row in rows])
+  if seeds:
+    axes.append([{'config.seed': str(seed)} for seed in range(seeds)])
+  keys = [_full(key) for axis in axes for key in axis[0]]
+  if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+    raise ValueError(f'{", ".join(repeated)} is given twice')
+  return [
+    {key: value for part in parts for key, value in part.items()}
+    for parts in itertools.product(*axes)
+  ]
+
+
+def _full(key: str) -> str:
+  """The name of a value of the config, whether or not it was written with `config.`."""
+  return f'config.{key.removeprefix("config.")}' if '.' in key else key
+
+
+def folder_name(values: Mapping[str, str]) -> str:
+  """Returns `module=se,seed=0`: the last words of the keys, and of values what a path may hold."""
+  return ','.join(
+    f'{key.rpartition(".")[2]}={re.sub("[^A-Za-z0-9_.+-]+", "_", value)}'
+    for key, value in values.items()
+  )
+
+
+def jobs(
+  config: str,
+  workdir: pathlib.Path,
+  values: Sequence[Mapping[str, str]],
+  overrides: Sequence[str] = (),
+  python: str = 'python',
+) -> list[Job]:
+  """Returns the runs, each in a folder of its own.
+
+  Raises:
+    ValueError: if two of them would get the same folder.
+  """
+  made = []
+  for mine in values:
+    arguments = [f'{key}={value}' for key, value in mine.items() if '.' not in key]
+    if commas := [a for a in arguments if ',' in a]:
+      raise ValueError(f'an argument of a config has no commas: {commas[0]}; name a value of it')
+    path, colon, given = config.partition(':')
+    text = ','.join([given] * bool(given) + arguments)
+    folder = workdir / folder_name(mine) if mine else workdir
+    command = [python, 'main.py', f'--config={path}{":" if text else colon}{text}', *overrides]
+    command += [f'--{_full(key)}={value}' for key, value in mine.items() if '.' in key]
+    made.append(Job(folder, (*command, f'--workdir={folder}')))
+  folders = [job.workdir for job in made]
+  if len(set(folders)) < len(made):
+    twice = next(folder for folder in folders if folders.count(folder) > 1)
+    raise ValueError(f'two runs would lie in {twice}: give them keys of different names')
+  return made
+
+
+def is_done(job: Job) -> bool:
+  """Whether the run is finished, of this very command if the folder says which it was.
+
+  Raises:
+    ValueError: if another command made what is there.
+  """
+  found = runs.read(job.workdir)
+  if found is None or not found.finished:
+    return False  # main.py itself refuses to go on with another config
+  path = job.workdir / COMMAND
+  if path.exists() and shlex.split(path.read_text())[1:] != list(job.command[1:]):
+    raise ValueError(
+      f'{job.workdir} holds the run of another command ({path.read_text().strip()}): pass another '
+      '--workdir, or the same values'
+    )
+  return True
+
+
+def run(todo: Sequence[Job], call: Callable[[Job], int]) -> list[Job]:
+  """Runs one after the other, going on where one fails; returns those that failed."""
+  failed = []
+  for i, job in enumerate(todo):
+    print(f'[{i + 1}/{len(todo)}] {job.workdir.name}', flush=True)
+    job.workdir.mkdir(parents=True, exist_ok=True)
+    (job.workdir / COMMAND).write_text(f'{job}\n')
+    code = call(job)
+    if code:
+      failed.append(job)
+      print(f'  failed ({code}): {job.workdir / "log.txt"}', flush=True)
+  return failed
+
+
+def _call(job: Job) -> int:
+  with (job.workdir / 'log.txt').open('a') as log:
+    return subprocess.run(job.command, stdout=log, stderr=subprocess.STDOUT).returncode
+
+
+def slurm_script(todo: Sequence[Job], workdir: pathlib.Path) -> str:
+  """Returns a job array for `sbatch`, a run per task.
+
+  Slurm's SIGTERM, two minutes before the end, reaches the run, which saves; requeued, it goes on.
+  """
+  lines = '\n'.join(f'  {shlex.quote(str(job))}' for job in todo)
+  return f"""#!/bin/bash
+#SBATCH --job-name={re.sub('[^A-Za-z0-9_.-]', '_', workdir.name) or 'sweep'}
+#SBATCH --array=0-{len(todo) - 1}
+#SBATCH --output={workdir}/slurm-%A_%a.txt
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+cd {shlex.quote(str(pathlib.Path.cwd()))}
+commands=(
+{lines}
+)
+exec bash -c "exec ${{commands[$SLURM_ARRAY_TASK_ID]}}"
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument('--config', required=True, help='as main.py takes it')
+  parser.add_argument('--workdir', required=True, type=pathlib.Path, help='folder of all runs')
+  parser.add_argument('--grid', nargs='+', action='extend', default=[], metavar='KEY=V1,V2')
+  parser.add_argument('--zip', nargs='+', action='append', default=[], metavar='KEY=V1,V2')
+  parser.add_argument('--seeds', type=int, default=0, help='number of seeds, from 0')
+  parser.add_argument('--run', action='store_true', help='run them here')
+  parser.add_argument('--slurm', type=pathlib.Path, help='write a script for sbatch')
+  args, rest = parser.parse_known_args(argv)
+  if unknown := [text for text in rest if not re.match(r'--config\.[\w.]+=', text)]:
+    parser.error(f'unknown arguments {unknown}: values of the config read --config.key=value')
+  try:
+    values = expand(args.grid, args.zip, args.seeds)
+    python = sys.executable if args.run or args.slurm else 'python'
+    found = jobs(args.config, args.workdir, values, rest, python)
+    todo = [job for job in found if not is_done(job)]
+  except ValueError as error:
+    print(error, file=sys.stderr)
+    return 2
+  print(f'# {len(found)} runs, {len(found) - len(todo)} of them finished')
+  if args.slurm and todo:
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    args.slurm.write_text(slurm_script(todo, args.workdir))
+    print(f'sbatch {args.slurm}')
+  elif args.run:
+    failed = run(todo, _call)
+    for job in failed:
+      print(f'failed: {job}', file=sys.stderr)
+    return 1 if failed else 0
+  else:
+    print('\n'.join(map(str, todo)))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,91 @@
+"""What runs left in their folders, read without JAX arrays: the config and the last evaluation."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vision_attention.training import schedule
+
+CONFIG = 'config.json'
+METRICS = 'metrics.jsonl'
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run as its folder tells it.
+
+  Attributes:
+    workdir: the folder.
+    config: nested, with what the data set said filled in.
+    total: steps of the whole run.
+    step: of the last evaluation, 0 if there was none.
+    metrics: of the last evaluation, without their prefix: the averaged weights' where there are
+      any. Never the best of several evaluations, which would be chosen by the test images.
+  """
+
+  workdir: pathlib.Path
+  config: Mapping[str, Any]
+  total: int
+  step: int
+  metrics: Mapping[str, float]
+
+  @property
+  def finished(self) -> bool:
+    return self.step >= self.total
+
+  @property
+  def flat(self) -> dict[str, Any]:
+    """The config by dotted keys; lists are tuples, as they were."""
+    return dict(_flatten(self.config))
+
+
+def _flatten(value: Any, prefix: str = '') -> Iterable[tuple[str, Any]]:
+  if isinstance(value, Mapping):
+    for key, sub in value.items():
+      yield from _flatten(sub, f'{prefix}.{key}' if prefix else key)
+  else:
+    yield prefix, _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def read(workdir: pathlib.Path) -> Run | None:
+  """Reads a run's folder; None if no run began in it."""
+  path = workdir / CONFIG
+  if not path.exists():
+    return None
+  config = json.loads(path.read_text())
+  total = schedule.steps(
+    config['total'], num_examples=config['data']['num_train'], batch_size=config['batch_size']
+  )
+  step, metrics = 0, {}
+  lines = (workdir / METRICS).read_text().splitlines() if (workdir / METRICS).exists() else []
+  for line in lines:
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError:
+      continue  # a kill cut it short
+    for prefix in ('eval_ema/', 'eval/'):
+      found = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+      if found:
+        step, metrics = row['step'], found
+        break
+  return Run(workdir, config, total, step, metrics)
+
+
+def find(folders: Iterable[pathlib.Path]) -> list[Run]:
+  """Returns every run in or below the folders, in order of their paths.
+
+  Raises:
+    FileNotFoundError: if there is none.
+  """
+  folders = list(folders)
+  paths = {p.parent for folder in folders for p in folder.rglob(CONFIG)}
+  found = [run for path in sorted(paths) if (run := read(path)) is not None]
+  if not found:
+    raise FileNotFoundError(f'no run lies in {", ".join(map(str, folders))}')
+  return found
