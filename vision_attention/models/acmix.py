@@ -5,6 +5,7 @@ those of the released code, whose models are these, at any number of heads; why 
 """
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,9 +98,9 @@ VARIANTS = {
 
 def _infer(state: reference.State, options: Mapping[str, Any]) -> dict[str, Any]:
   """Reads classes, heads per stage and the side of the convolution off the weights."""
-  heads = [
-    state[f'layer{i}.0.conv2.fc.weight'].shape[1] // 3 for i in range(1, len(options['depths']) + 1)
-  ]
+  del options
+  mixing = (f'layer{i}.0.conv2.fc.weight' for i in itertools.count(1))
+  heads = [state[key].shape[1] // 3 for key in itertools.takewhile(state.__contains__, mixing)]
   return {
     'num_classes': len(state['fc.bias']) if 'fc.bias' in state else 0,
     'num_heads': heads[0] if len(set(heads)) == 1 else tuple(heads),
