@@ -65,7 +65,7 @@ def measure(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, di
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(description='Statistics of attention maps.')
   parser.add_argument('run', help='folder of a run')
   parser.add_argument('--batch_size', type=int, default=16)
   parser.add_argument('--batches', type=int, default=1)
@@ -75,7 +75,7 @@ def main() -> None:
   tables = []
   batches = pipeline.eval_batches(config.data, batch_size=args.batch_size)
   for _, batch in zip(range(args.batches), batches, strict=False):
-    images = mixing.normalize(batch['image'], config.data.mean, config.data.std)
+    images = mixing.normalize(jnp.asarray(batch['image']), config.data.mean, config.data.std)
     tables.append(jax.device_get(step(variables, images)))
   if not tables[0]:
     raise SystemExit(f'{config.model.name} in {args.run} sows no map of attention')

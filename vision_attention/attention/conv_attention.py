@@ -83,14 +83,14 @@ class ConvAttention(nn.Module):
     sow = self.is_mutable_collection('intermediates')
     drop = train and self.attention_dropout > 0
     if factors is not None and (sow or drop):
-      weights = quadratic_attention.joint_weights(*factors)[None]
+      weights = quadratic_attention.joint_weights(factors[0], factors[1])[None]
     if sow:
       assert weights is not None
       _, heads, *queries, height, width = weights.shape
       flat = weights.reshape(-1, heads, queries[0] * queries[1], height * width)
       self.sow('intermediates', 'attention', jnp.broadcast_to(flat, (len(x), *flat.shape[1:])))
     if factors is not None and not drop:
-      y = quadratic_attention.mix_axes(*factors, x)
+      y = quadratic_attention.mix_axes(factors[0], factors[1], x)
     else:
       assert weights is not None
       weights = nn.Dropout(self.attention_dropout, deterministic=not train)(weights)

@@ -35,18 +35,24 @@ class Transform(nn.Module):
 
   @nn.compact
   def __call__(self, g: Float[Array, 'b c']) -> Float[Array, 'b c']:
-    def dense(dim: int, name: str, **inits: nn.initializers.Initializer) -> nn.Dense:
-      return nn.Dense(dim, dtype=self.dtype, param_dtype=self.param_dtype, name=name, **inits)
+    def dense(dim: int, name: str, kernel_init: Any, bias_init: Any) -> nn.Dense:
+      return nn.Dense(
+        dim,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+        name=name,
+      )
 
-    inits: dict[str, Any] = {'kernel_init': initializers.TORCH_KERNEL}
-    bias_init = initializers.torch_bias(g.shape[-1])
-    y = dense(self.hidden_dim, 'squeeze', bias_init=bias_init, **inits)(g)
+    inits = initializers.TORCH_KERNEL, initializers.torch_bias(g.shape[-1])
+    y = dense(self.hidden_dim, 'squeeze', *inits)(g)
     y = norm.LayerNorm(
       epsilon=self.norm_epsilon, dtype=self.dtype, param_dtype=self.param_dtype, name='norm'
     )(y)
     if self.zero_init:
-      inits = {'kernel_init': nn.initializers.zeros}
-    return dense(g.shape[-1], 'excite', **inits)(activation.by_name(self.activation)(y))
+      inits = nn.initializers.zeros, nn.initializers.zeros
+    return dense(g.shape[-1], 'excite', *inits)(activation.by_name(self.activation)(y))
 
 
 class GlobalContext(nn.Module):
