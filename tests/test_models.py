@@ -39,6 +39,16 @@ TINY = {
     image_size=32,
   ),
   'ea_aa_resnet_50': dict(depths=(1, 2, 1), width=8, num_heads=2, image_size=32),
+  'gc_resnet_50': dict(depths=(1, 1, 1), stages=(2, 3), width=8, image_size=32),
+  'nl_resnet_50': dict(
+    depths=(1, 1, 2), width=8, context={'name': 'nl', 'norm': False}, image_size=32
+  ),
+  'conv_attention_quadratic_general': dict(dim=16, depth=2, mlp_dim=16, num_heads=3, image_size=16),
+  'conv_attention_learned_content': dict(
+    dim=16, depth=1, mlp_dim=16, num_heads=2, dropout=0.1, attention_dropout=0.1, image_size=12
+  ),
+  'swin_tiny': dict(depths=(2, 2), dim=8, num_heads=(1, 2), window=3, image_size=32),
+  'convnext_tiny': dict(depths=(1, 1), dims=(8, 16), image_size=32),
   'coatnet_7': dict(
     depths=(1, 1, 1, 1, 1), dims=(8, 8, 16, 32, 64), stem_dim=8, head_dim=32, image_size=64
   ),
