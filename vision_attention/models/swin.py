@@ -6,6 +6,7 @@ Any operator takes the place of window attention (`attn`): a paper that exchange
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -236,7 +237,7 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
   return drop_path.linear_rates(rate, depths)
 
 
-def _variant(dim, heads, params, gmacs, top1, depth=18, window=7, size=224, data='1') -> Any:
+def _variant(data, dim, heads, params, gmacs, top1, depth=18, window=7, size=224) -> base.Variant:
   return base.Variant(
     {
       'dim': dim,
@@ -252,15 +253,15 @@ def _variant(dim, heads, params, gmacs, top1, depth=18, window=7, size=224, data
   )
 
 
-_1K, _22K = {'data': 'ImageNet-1k'}, {'data': 'ImageNet-22k pre-training'}
+_1K, _22K = 'ImageNet-1k', 'ImageNet-22k pre-training'
 VARIANTS = {
-  'swin_tiny': _variant(96, 3, 28_288_354, 4.5, 81.3, depth=6, **_1K),
-  'swin_small': _variant(96, 3, 49_606_258, 8.7, 83.0, **_1K),
-  'swin_base': _variant(128, 4, 87_768_224, 15.4, 83.5, **_1K),
-  'swin_base_w12': _variant(128, 4, 87_903_584, 47.0, 84.5, window=12, size=384, **_1K),
+  'swin_tiny': _variant(_1K, 96, 3, 28_288_354, 4.5, 81.3, depth=6),
+  'swin_small': _variant(_1K, 96, 3, 49_606_258, 8.7, 83.0),
+  'swin_base': _variant(_1K, 128, 4, 87_768_224, 15.4, 83.5),
+  'swin_base_w12': _variant(_1K, 128, 4, 87_903_584, 47.0, 84.5, window=12, size=384),
   # 224 pixels: the authors' repository; Table 1 has 384 alone.
-  'swin_large': _variant(192, 6, 196_532_476, 34.5, 86.3, **_22K),
-  'swin_large_w12': _variant(192, 6, 196_735_516, 103.9, 87.3, window=12, size=384, **_22K),
+  'swin_large': _variant(_22K, 192, 6, 196_532_476, 34.5, 86.3),
+  'swin_large_w12': _variant(_22K, 192, 6, 196_735_516, 103.9, 87.3, window=12, size=384),
 }
 
 
@@ -312,20 +313,23 @@ def infer(fit: str) -> Callable[[reference.State, Mapping[str, Any]], dict[str, 
   """Returns what reads classes and a resolution off a state: one for which the tables are made.
 
   A table that is smaller than those of the first stage belongs to a map smaller than its windows.
+  A rectangular one does not tell height from width, and is taken to belong to a wide image.
   """
 
   def read(state: reference.State, options: Mapping[str, Any]) -> dict[str, Any]:
+    del options
     classifier = state.get('head.fc.bias', state.get('head.bias'))
     found: dict[str, Any] = {'num_classes': 0 if classifier is None else len(classifier)}
-    stages = range(len(options['depths']))
-    tables = [state.get(f'layers.{i}.blocks.0.attn.relative_position_bias_table') for i in stages]
-    sizes = {i: len(table) for i, table in enumerate(tables) if table is not None}
+    table = r'layers\.(\d+)\.blocks\.0\.attn\.relative_position_bias_table'
+    matches = {key: re.fullmatch(table, key) for key in state}
+    sizes = {int(match[1]): len(state[key]) for key, match in matches.items() if match}
     if not sizes:
       return found
     window = (math.isqrt(max(sizes.values())) + 1) // 2
-    sides = range(32 * window, 0, -4)
+    sides = range(4 * 2 ** max(sizes) * window, 0, -4)
     squares = ((side, side) for side in sides)
-    for size in itertools.chain(squares, itertools.product(sides, sides)):
+    wide = ((height, width) for width in sides for height in sides)
+    for size in itertools.chain(squares, wide):
       made = {}
       for i in sizes:
         grid = [-(-side // (4 * 2**i)) for side in size]
