@@ -29,6 +29,12 @@ TINY = {
     stem_depths=(1, 1), dim=24, depth=1, mlp_dim=32, num_heads=3, image_size=64, pool='gap'
   ),
   'coatnet_0': dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 32), stem_dim=8, image_size=64),
+  'sasa_resnet_50': dict(
+    depths=(1, 1), width=0.25, num_heads=2, kernel=3, stem='attention', image_size=32
+  ),
+  'halonet_h4': dict(
+    depths=(1, 1), width=8, num_heads=2, block=4, halo=1, final_dim=16, image_size=32
+  ),
   'aa_resnet_50': dict(depths=(1, 1, 1), width=8, num_heads=2, image_size=32),
   'aa_mnasnet': dict(
     groups=((1, 3, 2, 1, 8), (1, 5, 2, 2, 8, 1.0), (1, 3, 2, 2, 16)),
