@@ -60,7 +60,7 @@ class EvolvingLogits(nn.Module):
   def __call__(
     self,
     logits: Float[Array, 'b n q k'],
-    previous: Float[Array, 'b n p l'] | None = None,
+    previous: Float[Array, 'b m p l'] | None = None,
     *,
     mask: Bool[Array, '#b #q #k'] | None = None,
   ) -> Float[Array, 'b n q k']:
@@ -117,7 +117,7 @@ class EvolvingConv(augmented.Augmentation):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'b h w c'], previous: Float[Array, 'b n i j'] | None, *, train: bool
+    self, x: Float[Array, 'b h w c'], previous: Float[Array, 'b m i j'] | None, *, train: bool
   ) -> tuple[Float[Array, 'b p q d'], Float[Array, 'b n s t'] | None]:
     """Returns the map and the logits for the next block."""
 
