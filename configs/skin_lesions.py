@@ -86,7 +86,8 @@ def _ham10000(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
   config.optimizer.weight_decay = 1e-4
   if args.init:
     config.init.path, config.init.source = args.init, args.source
-    config.init.fresh = ('/module/', '/after\\d+/', '/attn/')
+    # The module and, where it is an operator, what it stands in the place of.
+    config.init.fresh = ('/module/', r'/after\d+/', '/attn/', r'/(conv|norm)[12]/')
     config.optimizer.name = 'adamw'
     config.optimizer.learning_rate = 1e-4
     # Its decay is multiplied by the learning rate.

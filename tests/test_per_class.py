@@ -1,5 +1,14 @@
 """What rare classes need: weighted losses, metrics by class, and the best checkpoint by them."""
 
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
+import train
 from configs import resnet50
 from vision_attention import checkpoint, planning
 from vision_attention.data import builders
@@ -175,6 +185,40 @@ def test_the_step_weighs_examples_by_their_class():
   assert 0 < some < others
 
 
+@pytest.fixture
+def _own_signals():
+  before = signal.getsignal(signal.SIGTERM)
+  yield
+  signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures('_fast_compilation', '_own_signals')
+def test_a_run_that_went_on_has_the_same_metrics_of_every_class(data_dir, tmp_path):
+  config = _config(
+    data_dir[0],
+    **{
+      'loss.class_weights': 'inverse',
+      'loss.focal_gamma': 2.0,
+      'eval.per_class': True,
+      'eval.best_by': 'macro_f1',
+      'eval.every': '3 steps',
+      'checkpoint.every': '2 steps',
+      'checkpoint.keep_latest': 3,
+      'schedule.warmup': '1 steps',
+      'schedule.boundaries': (),
+      'total': '6 steps',
+      'log_every': '2 steps',
+    },
+  )
+  found = train.train_and_evaluate(config, tmp_path)
+  assert {'eval/recall/9', 'eval/auc/0', 'eval/macro_f1', 'eval/balanced_accuracy'} <= found.keys()
+  written = (tmp_path / 'metrics.jsonl').read_text()
+  for step in (4, 6):
+    shutil.rmtree(tmp_path / checkpoint.CHECKPOINTS / str(step))
+  assert train.train_and_evaluate(config, tmp_path) == found
+  assert (tmp_path / 'metrics.jsonl').read_text() == written
+
+
 @pytest.mark.parametrize(
   'changes, message',
   [
@@ -222,6 +266,11 @@ def test_weights_of_a_plain_model_start_one_with_modules():
   assert (block['module']['w'] == 0).all()
   assert report.loaded == ('params/backbone/stage1/block00/conv1',)
   assert 'params/backbone/stage1/block00/module/w' in report.reinitialised
+  # The other way round, what is left over is dropped.
+  with pytest.raises(ValueError, match='block00/module/w is left over'):
+    transfer.transfer('resnet_18', init, loaded)
+  _, report = transfer.transfer('resnet_18', init, loaded, fresh_paths=('/module/',))
+  assert 'params/backbone/stage1/block00/module/w' in report.dropped
 
 
 # -- Evaluation.
@@ -236,19 +285,21 @@ def _apply(variables, images, *, train):
 STEP = jax.jit(evaluate.make_eval_step(_apply, (0.0,), (1 / 255,), by_class=True))
 
 
-def _evaluate(logits, labels, batch_size, names=()):
-  def batches():
-    for begin in range(0, len(labels), batch_size):
-      count = min(batch_size, len(labels) - begin)
-      # Padding that would be right, and certain.
-      image = np.full((batch_size, 1, CLASSES, 1), 0, np.float32)
-      image[:, 0, 0] = 200
-      label, mask = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.float32)
-      image[:count, 0, :, 0] = logits[begin : begin + count]
-      label[:count], mask[:count] = labels[begin : begin + count], 1
-      yield {'image': image, 'label': label, 'mask': mask}
+def _batches(logits, labels, batch_size):
+  for begin in range(0, len(labels), batch_size):
+    count = min(batch_size, len(labels) - begin)
+    # Padding that would be right, and certain.
+    image = np.full((batch_size, 1, CLASSES, 1), 0, np.float32)
+    image[:, 0, 0] = 200
+    label, mask = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.float32)
+    image[:count, 0, :, 0] = logits[begin : begin + count]
+    label[:count], mask[:count] = labels[begin : begin + count], 1
+    yield {'image': image, 'label': label, 'mask': mask}
 
-  found = evaluate.evaluate(STEP, {}, batches(), len(labels), label_names=names)
+
+def _evaluate(logits, labels, batch_size, names=()):
+  batches = _batches(logits, labels, batch_size)
+  found = evaluate.evaluate(STEP, {}, batches, len(labels), label_names=names)
   assert found is not None
   return found
 
@@ -325,3 +376,49 @@ def test_certain_logits_keep_their_order():
   """In float32 both probabilities are 1, and the two examples would tie."""
   logits = np.array([[30, 0], [40, 0], [50, 0], [20, 0]], np.float32)
   assert per_class.auc(per_class.log_odds(logits)[:, 0], np.array([0, 1, 1, 0], bool)) == 1
+
+
+_PROCESS = """
+  import json, sys
+  sys.path.insert(0, 'tests')
+  import jax, numpy as np
+  from vision_attention.training import sharding
+  sharding.join_processes()
+  import test_per_class as t
+  from vision_attention.training import evaluate
+  mesh = sharding.make_mesh(-1, 1)
+  place, index = sharding.batch_sharding(mesh), jax.process_index()
+  logits, labels = t._data(37)
+  def batches():
+    # Examples are dealt out in turn, as the pipeline does.
+    for batch in t._batches(logits, labels, 8):
+      mine = {key: x[index::2] for key, x in batch.items()}
+      yield {k: jax.make_array_from_process_local_data(place, x) for k, x in mine.items()}
+  print(json.dumps(evaluate.evaluate(t.STEP, {}, batches(), 37)))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does():
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  variables = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2'}
+  variables |= {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  pair = [
+    subprocess.Popen(
+      [sys.executable, '-c', textwrap.dedent(_PROCESS)],
+      env=os.environ | variables | {'JAX_PROCESS_ID': str(i)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  outputs = [process.communicate(timeout=300) for process in pair]
+  expected = _evaluate(*_data(37), 8)
+  for output, error in outputs:
+    assert output, error[-2000:]
+    got = json.loads(output.splitlines()[-1])
+    assert got.pop('loss') == pytest.approx(expected['loss'], rel=1e-6)
+    assert got == {key: value for key, value in expected.items() if key != 'loss'}

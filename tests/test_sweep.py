@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vision_attention as va
 from configs import skin_lesions
 from tools import sweep
-from vision_attention import planning, runs
+from vision_attention import convert, planning, runs
+from vision_attention.models import transfer, tree
 
 pytestmark = pytest.mark.fast
 CONFIG = 'configs/skin_lesions.py:local'
@@ -200,3 +202,21 @@ def test_seven_classes_have_the_parameters_as_counted(module, count):
   plan = planning.prepare(skin_lesions.get_config(f'module={module}'), with_data=False)
   assert sum(x.size for x in jax.tree.leaves(plan.shapes[0].params)) == count
   assert plan.total == round(60 * 8012 / 64)
+
+
+@pytest.mark.parametrize('module', ['cbam', 'bam', 'nl', 'dual_attention', 'halo', 'sk'])
+def test_weights_of_the_plain_network_start_one_with_a_module(module):
+  """Everything that both have is loaded; only what the module replaces is left over."""
+  options = {'depths': (1, 1, 1, 1), 'width': 16, 'image_size': 64}
+  shapes = []
+  for name, classes in ((None, 1000), (module, 7)):
+    model, info = va.create_model('resnet_18', num_classes=classes, module=name, **options)
+    shapes.append(convert.abstract_variables(model, info))
+  fresh = skin_lesions.get_config('init=r18.pth,source=torchvision').init.fresh
+  _, report = transfer.transfer('resnet_18', *shapes, fresh_paths=fresh)
+  plain, mine = (set(tree.flatten(variables)) for variables in shapes)
+  backbone = {path for path in plain & mine if '/backbone/' in path}
+  assert set(report.loaded) == backbone
+  assert len(backbone) >= 40
+  assert set(report.dropped) == plain - mine
+  assert bool(report.dropped) == (module in ('halo', 'sk'))

@@ -46,7 +46,8 @@ def transfer(
     loaded: variables to take from.
     init: variables of the new model.
     reinit: top-level submodules (`head`) that may differ.
-    fresh_paths: patterns; a path in which one is found may be missing, and keeps its fresh value.
+    fresh_paths: patterns; a path in which one is found may be missing, and keeps its fresh value,
+      or be left over.
 
   Raises:
     ValueError: listing every array that is missing, left over or of a wrong shape elsewhere.
@@ -61,8 +62,8 @@ def transfer(
     theirs = {path for path in source if path.split('/')[1] == module}
     if mine != theirs or any(np.shape(source[path]) != np.shape(target[path]) for path in mine):
       fresh |= mine | theirs
-  missing = target.keys() - source.keys()
-  fresh |= {path for path in missing if any(re.search(p, path) for p in fresh_paths)}
+  unpaired = target.keys() ^ source.keys()
+  fresh |= {path for path in unpaired if any(re.search(p, path) for p in fresh_paths)}
   values, resized, problems = {}, [], []
   for path, value in target.items():
     if path in fresh:
