@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from jax import lax
 
 import vision_attention as va
+from configs import conv_attention_quadratic
 from tests import golden
 from vision_attention import convert
 from vision_attention.attention import conv_attention
 from vision_attention.models import registry, tree
 from vision_attention.ops import patches, quadratic_attention
+from vision_attention.training import optimizer
 
 pytestmark = pytest.mark.fast
 # Every shape is compiled.
@@ -329,3 +331,21 @@ def test_impossible_options_are_refused():
     patches.space_to_depth(jnp.zeros((1, 3, 4, 1)), 2)
   with pytest.raises(ValueError, match='6 channels are not those of 2x2 pixels'):
     patches.depth_to_space(jnp.zeros((1, 3, 4, 6)), 2)
+
+
+def test_the_recipe_spares_gaussians_the_decay_and_the_baseline_nothing():
+  config = conv_attention_quadratic.get_config()
+  model, info = va.create_model(config.model.name, dim=8, depth=1)
+  params = convert.abstract_variables(model, info)['params']
+  decays = tree.flatten(optimizer.matches(params, config.optimizer.weight_decay_mask))
+  spared = {path.split('/')[-1] for path, decay in decays.items() if not decay}
+  assert spared == {'centers', 'spreads'}
+  assert (config.total, config.schedule.warmup) == ('300 epochs', '15 epochs')
+  assert config.optimizer.learning_rate == 0.1
+  baseline = conv_attention_quadratic.get_config('variant=resnet_18')
+  assert baseline.model.options.stem == 'small'
+  assert baseline.optimizer.weight_decay_mask == ('.*',)
+  tuned = conv_attention_quadratic.get_config('init=runs/pruned')
+  assert (tuned.total, tuned.optimizer.learning_rate) == ('100 epochs', 0.01)
+  with pytest.raises(ValueError, match="variant='vit_s16' has no recipe here"):
+    conv_attention_quadratic.get_config('variant=vit_s16')

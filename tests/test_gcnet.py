@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import hypothesis
 import jax
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 import vision_attention as va
+from configs import gc_resnet50
 from tests import golden
 from tools import query_independence
 from vision_attention import convert
@@ -414,3 +416,17 @@ def test_impossible_options_are_refused():
     non_local.NonLocal('gauss').init(jax.random.key(0), x, train=False)
   with pytest.raises(ValueError, match="pooling 'att_' is unknown"):
     global_context.GlobalContext(pooling='att_').init(jax.random.key(0), x)
+
+
+def test_blocks_are_put_into_a_trained_network_or_trained_with_it():
+  tuned = gc_resnet50.get_config('init=runs/resnet50')
+  assert (tuned.total, tuned.optimizer.learning_rate) == ('40 epochs', 0.02)
+  assert tuned.schedule.warmup == '0 steps'
+  assert gc_resnet50.get_config().total == '120 epochs'
+  for options in (dict(), dict(context='nl', place='one')):
+    model, info = va.create_model('gc_resnet_50', depths=(1, 1, 2), width=8, **options)
+    plain, _ = va.create_model('resnet_50', depths=(1, 1, 2), width=8)
+    paths = (set(tree.flatten(convert.abstract_variables(m, info))) for m in (model, plain))
+    new = next(paths) - next(paths)
+    assert new
+    assert all(any(re.search(p, path) for p in tuned.init.fresh) for path in new)
