@@ -11,11 +11,13 @@ import pytest
 from hypothesis import strategies as st
 
 import vision_attention as va
+from configs import aa_resnet50, ea_aa_resnet50
 from tests import golden
 from vision_attention import convert
 from vision_attention.attention import augmented
 from vision_attention.models import aa_mnasnet, aa_resnet, aa_wide_resnet, transfer, tree
 from vision_attention.ops import relative_logits, resize
+from vision_attention.training import optimizer
 
 pytestmark = pytest.mark.fast
 
@@ -339,3 +341,30 @@ def test_impossible_choices_are_refused():
       _shapes('aa_resnet_50', 32, **options)
   with pytest.raises(ValueError, match='width 0 must be positive'):
     va.create_model('aa_mnasnet', width=0)
+
+
+def test_mnasnets_cost_what_is_published():
+  # Two operations to a multiply-add: 0.70 billion printed, 0.711 counted; 0.63 without attention.
+  for options, expected in (({}, 0.711), ({'augmented': False}, 0.623)):
+    model, _ = va.create_model('aa_mnasnet', **options)
+    assert 2 * va.count_macs(model, image_size=224) / 1e9 == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize('name', ['aa_resnet_50', 'ea_aa_resnet_50'])
+def test_recipes_decay_everything_but_batch_norm(name):
+  recipe = {'aa_resnet_50': aa_resnet50, 'ea_aa_resnet_50': ea_aa_resnet50}[name].get_config()
+  assert recipe.optimizer.learning_rate == pytest.approx(0.128 * recipe.batch_size / 256)
+  params = _shapes(name, 32, width=8, num_heads=2, depths=(1, 1, 2))['params']
+  decays = tree.flatten(optimizer.matches(params, recipe.optimizer.weight_decay_mask))
+  assert all(decayed == ('norm' not in path) for path, decayed in decays.items())
+  assert sum('offsets' in path for path in decays) == 6
+
+
+def test_recipes_that_are_not_there_are_refused():
+  with pytest.raises(ValueError, match='trained with RMSProp'):
+    aa_resnet50.get_config('variant=aa_mnasnet')
+  for config, arg in ((aa_resnet50, 'local,batch=8'), (ea_aa_resnet50, 'local,batch=8')):
+    with pytest.raises(ValueError, match='local is a model and recipe of its own'):
+      config.get_config(arg)
+  wide = aa_resnet50.get_config('variant=aa_wide_resnet_28_10,data=cifar100')
+  assert (wide.image_size, wide.total, wide.optimizer.learning_rate) == (32, '500 epochs', 0.2)
