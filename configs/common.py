@@ -101,6 +101,24 @@ def local(config: ml_collections.ConfigDict, data: str = 'digits', *, size: int 
     config.eval.every = '1 epochs'
 
 
+def deit_augmentation(config: ml_collections.ConfigDict) -> None:
+  """Sets the augmentation of DeiT (arXiv 2012.12877, Table 9), which many later recipes share.
+
+  Crops, flips, RandAugment in timm's form `rand-m9-mstd0.5-inc1`, mixup, CutMix and smoothed
+  labels; without its random erasing (0.25, by pixels), which the input pipeline does not have.
+  """
+  config.data.train_ops = (
+    'random_resized_crop({size}, area=(0.08, 1.0))',
+    'flip()',
+    'rand_augment(2, 9, prob=0.5, magnitude_std=0.5, increasing=True)',
+  )
+  config.mixing.mixup_alpha = 0.8
+  config.mixing.cutmix_alpha = 1.0
+  config.mixing.prob = 1.0
+  config.mixing.switch_prob = 0.5
+  config.loss.label_smoothing = 0.1
+
+
 def get_config() -> ml_collections.ConfigDict:
   """Returns every key there is, switched off or at the value that most recipes share."""
   config = ml_collections.ConfigDict()

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 import vision_attention as va
+from configs import convnext_tiny
 from vision_attention import convert
 from vision_attention.models import convnext, tree
+from vision_attention.training import optimizer
 
 pytestmark = pytest.mark.fast
 TINY = dict(depths=(1, 2), dims=(8, 16))
@@ -198,3 +201,62 @@ def test_weights_without_a_layer_scale_and_head_load():
 def test_drop_path_grows_over_all_blocks():
   rates = convnext.drop_path_rates(0.4, (3, 3, 27, 3))
   np.testing.assert_allclose([rate for stage in rates for rate in stage], np.linspace(0, 0.4, 36))
+
+
+def test_recipes_are_those_of_the_code():
+  config = convnext_tiny.get_config('variant=convnext_small')
+  assert (config.batch_size, config.optimizer.learning_rate, config.total) == (
+    4096,
+    4e-3,
+    '300 epochs',
+  )
+  assert (config.optimizer.weight_decay, config.optimizer.clip_norm, config.ema.decay) == (
+    0.05,
+    0,
+    0.9999,
+  )
+  assert (config.schedule.warmup, config.model.options.drop_path) == ('20 epochs', 0.4)
+  assert config.schedule.final * config.optimizer.learning_rate == pytest.approx(1e-6)
+  assert (config.mixing.mixup_alpha, config.mixing.cutmix_alpha) == (0.8, 1.0)
+  large = convnext_tiny.get_config('variant=convnext_xlarge,data=imagenet21k')
+  assert (large.total, large.schedule.warmup, large.model.options.drop_path) == (
+    '90 epochs',
+    '5 epochs',
+    0.2,
+  )
+  with pytest.raises(ValueError, match="no such recipe for 'convnext_xlarge'"):
+    convnext_tiny.get_config('variant=convnext_xlarge')
+
+
+def test_the_learning_rate_falls_towards_the_stem():
+  """`get_num_layer_for_convnext` of the code: 12 groups between stem and head."""
+  config = convnext_tiny.get_config('variant=convnext_base,size=384,init=run')
+  assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (5e-5, 1e-8)
+  assert (config.batch_size, config.mixing.mixup_alpha, config.total) == (512, 0, '30 epochs')
+  assert config.model.options.to_dict() == {'drop_path': 0.8, 'head_init_scale': 0.001}
+  assert config.data.eval_ops == ('resize({size})',)
+  multipliers = config.optimizer.lr_multipliers
+  params = _shapes('convnext_base')['params']
+  optimizer.check_patterns(params, [pattern for pattern, _ in multipliers], 'multiplier')
+
+  def factor(path):
+    return next((f for pattern, f in multipliers if re.search(pattern, path)), 1.0)
+
+  layers = {
+    'backbone/stem/conv/kernel': 0,
+    'backbone/stage1/block02/norm/scale': 1,
+    'backbone/downsample2/conv/kernel': 2,
+    'backbone/stage2/block00/norm/scale': 2,
+    'backbone/downsample3/norm/scale': 3,
+    'backbone/stage3/block02/mlp/expand/kernel': 3,
+    'backbone/stage3/block03/mlp/expand/kernel': 4,
+    'backbone/stage3/block26/mlp/expand/kernel': 11,
+    'backbone/downsample4/norm/scale': 12,
+    'backbone/stage4/block00/norm/scale': 12,
+    'head/norm/scale': 13,
+    'head/classifier/kernel': 13,
+  }
+  known = tree.flatten(params)
+  for path, layer in layers.items():
+    assert path in known
+    assert factor(path) == pytest.approx(0.7 ** (13 - layer)), path

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import vision_attention as va
+from configs import swin_tiny
 from vision_attention import convert
 from vision_attention.attention import mhsa, relative, window
 from vision_attention.models import registry, swin, tree
@@ -274,3 +275,25 @@ def test_tables_are_resized_with_the_windows():
   np.testing.assert_allclose(wide, bicubic.resize(table, (1, 23, 23)))
   model, _ = va.create_model('swin_tiny', num_classes=3, image_size=96, **options)
   assert jnp.isfinite(jax.jit(model.apply)(large, jnp.ones((1, 96, 96, 3)))).all()
+
+
+def test_recipes_are_those_of_the_code():
+  config = swin_tiny.get_config('variant=swin_small')
+  assert (config.batch_size, config.optimizer.learning_rate, config.total) == (
+    1024,
+    1e-3,
+    '300 epochs',
+  )
+  assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.05, 5.0)
+  assert (config.schedule.warmup, config.schedule.final) == ('20 epochs', 0.01)
+  assert config.model.options.to_dict() == {'drop_path': 0.3}
+  assert config.data.eval_ops == ('center_crop({size}, ratio=0.875)',)
+  large = swin_tiny.get_config('variant=swin_large,data=imagenet21k')
+  assert (large.batch_size, large.optimizer.learning_rate, large.total) == (4096, 1e-3, '90 epochs')
+  tuned = swin_tiny.get_config('variant=swin_base_w12,init=run,pretrained=22k')
+  assert (tuned.image_size, tuned.total, tuned.init.path) == (384, '30 epochs', 'run')
+  assert (tuned.optimizer.learning_rate, tuned.optimizer.weight_decay) == (4e-5, 1e-8)
+  assert (tuned.model.options.drop_path, tuned.mixing.cutmix_alpha) == (0.2, 1.0)
+  assert tuned.data.eval_ops == ('resize({size})',)
+  with pytest.raises(ValueError, match="no such recipe for 'swin_large'"):
+    swin_tiny.get_config('variant=swin_large')

@@ -171,7 +171,7 @@ def build(
   sides = windows.pair(window)
   types: dict[str, Any] = {'dtype': dtype, 'param_dtype': param_dtype}
   layer_norm = functools.partial(norm.LayerNorm, epsilon=norm_epsilon, **types)
-  per_block = attn if resnet_blocks.is_nested(attn) else [[attn] * depth for depth in depths]
+  per_block: Any = attn if resnet_blocks.is_nested(attn) else [[attn] * depth for depth in depths]
   rates = drop_path_rates(drop_path, depths)
 
   def block(i: int, j: int) -> ModuleDef:
