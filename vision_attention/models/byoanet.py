@@ -168,6 +168,7 @@ def build(
   ratio_of: str = 'output',
   group_size: int = 0,
   attn: operators.Spec | Sequence[Any] | None = None,
+  num_heads: int = 4,
   gate: operators.Spec | None = None,
   stem: str = 'tiered',
   stem_dim: int = 64,
@@ -197,6 +198,7 @@ def build(
     ratio_of: `output`, or `input` for blocks that are wider inside (RegNetZ).
     group_size: input channels of a group of the 3x3 convolutions, 0 for one group.
     attn: the operator of all blocks `A`, or one per stage, or one per stage and block.
+    num_heads: of operators that do not give their own.
     gate: a module of channel attention after 3x3 convolutions (`se`, `eca`, `gc`), or None.
     stem: `tiered`, `7x7` or `3x3`.
     stem_dim: channels of the stem.
@@ -219,10 +221,13 @@ def build(
   errors.check_choice('shortcut', shortcut, SHORTCUTS)
   errors.check_choice('ratio_of', ratio_of, ('output', 'input'))
   types: dict[str, Any] = {'dtype': dtype, 'param_dtype': param_dtype}
-  specs = byoanet_variants.spread(layout, attn)
-  placed = [
-    [spec and operators.bind(operators.operator(spec), **types) for spec in row] for row in specs
-  ]
+
+  def bound(spec: operators.Spec | None) -> ModuleDef | None:
+    if spec is None:
+      return None
+    return operators.bind(operators.operator(spec), num_heads=num_heads, **types)
+
+  placed = [[bound(spec) for spec in row] for row in byoanet_variants.spread(layout, attn)]
   inner = byoanet_variants.inner_dims(
     layout, dims, ratio, stem_dim=stem_dim, of_input=ratio_of == 'input'
   )

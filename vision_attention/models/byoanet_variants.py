@@ -1,5 +1,7 @@
 """The tables of `byoanet.py`: timm's variants, which block is which, and timm's weight names."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -225,7 +227,7 @@ def _parts(**transforms: reference.Transform) -> reference.Kind:
   }
 
 
-def _attention_names(spec: Any) -> dict[str, tuple[str, reference.Kind]]:
+def attention_names(spec: Any, num_heads: int = 4) -> dict[str, tuple[str, reference.Kind]]:
   """Returns, by timm's name below `self_attn`, ours below `attn`, and the kind."""
   fields = spec if isinstance(spec, Mapping) else {'name': spec}
   table = reference.param('')
@@ -235,7 +237,7 @@ def _attention_names(spec: Any) -> dict[str, tuple[str, reference.Kind]]:
       r'pos_embed\.(height|width)_rel': ('/relative_{0}', table),
     }
   if fields['name'] == 'halo':
-    heads = fields.get('num_heads', 8)
+    heads = fields.get('num_heads', num_heads)
     return {
       'q': ('/query', reference.CONV),
       'kv': ('', _parts(key=_head_split(0, heads), value=_head_split(1, heads))),
@@ -288,7 +290,7 @@ def _rules(options: Mapping[str, Any]) -> Sequence[reference.Rule]:
         rule(theirs + r'shortcut\.conv', ours + '/shortcut/conv', conv),
         rule(theirs + r'shortcut\.bn', ours + '/shortcut/norm', norm),
       ]
-      names = {} if spec is None else _attention_names(spec)
+      names = {} if spec is None else attention_names(spec, options.get('num_heads', 4))
       rules += [
         rule(theirs + r'self_attn\.' + a, ours + '/attn' + b, k) for a, (b, k) in names.items()
       ]
@@ -300,20 +302,23 @@ def _rules(options: Mapping[str, Any]) -> Sequence[reference.Rule]:
 def _infer(state: reference.State, options: Mapping[str, Any]) -> dict[str, Any]:
   """The classifier shows the classes; tables that are tied to a map show the resolution."""
   found: dict[str, Any] = {'num_classes': len(state.get('head.fc.bias', ()))}
-  stride = 4 if options.get('stem', 'tiered') == 'tiered' or options.get('stem_pool', True) else 2
-  rows = spread(options['layout'], options.get('attn'))
-  for i, (row, step) in enumerate(zip(rows, options.get('strides', (1, 2, 2, 2)), strict=True)):
-    for j, spec in enumerate(row):
-      name = f'stages.{i}.{j}.self_attn.'
-      if _fixes_map(spec):
-        if f'{name}pos_emb' in state:
-          offsets = state[f'{name}pos_emb'].shape[:2]
-        else:
-          offsets = [len(state[f'{name}pos_embed.{side}_rel']) for side in ('height', 'width')]
-        height, width = (stride * (n + 1) // 2 for n in offsets)
-        return {**found, 'image_size': (height, width)}
-      # The first block of a stage attends before it halves the map.
-      stride *= step if j == 0 else 1
+  strides = options.get('strides', (1, 2, 2, 2))
+  stem = 4 if options.get('stem', 'tiered') == 'tiered' or options.get('stem_pool', True) else 2
+  for key in state:
+    match = re.fullmatch(r'(stages\.(\d+)\.(\d+)\.self_attn)\.qkv\.weight', key)
+    if match is None:  # halo attention, whose tables fit any map, has no `qkv`
+      continue
+    prefix, i, j = match[1], int(match[2]), int(match[3])
+    if f'{prefix}.pos_emb' in state:
+      offsets = state[f'{prefix}.pos_emb'].shape[:2]
+    elif f'{prefix}.pos_embed.height_rel' in state:
+      offsets = [len(state[f'{prefix}.pos_embed.{side}_rel']) for side in ('height', 'width')]
+    else:
+      continue
+    # The first block of a stage attends before it halves the map.
+    stride = stem * math.prod(strides[: i + (j > 0)])
+    height, width = (stride * (n + 1) // 2 for n in offsets)
+    return {**found, 'image_size': (height, width)}
   return found
 
 
