@@ -119,6 +119,42 @@ def deit_augmentation(config: ml_collections.ConfigDict) -> None:
   config.loss.label_smoothing = 0.1
 
 
+def resnet_rs(config: ml_collections.ConfigDict, magnitude: int) -> None:
+  """Sets the recipe of ResNet-RS (arXiv 2103.07579, section 4), but for the model's own options.
+
+  The code's weight decay is a term of the loss over everything but BatchNorm, whose statistics are
+  those of the last batch, smoothed by the running average: `norm_momentum=0` goes with it.
+
+  Args:
+    config: changed in place.
+    magnitude: of RandAugment, 10 for small models and images, 15 for large ones.
+  """
+  config.total = '350 epochs'
+  config.batch_size = 4096
+  config.data.train_ops = (
+    'random_resized_crop({size}, area=(0.08, 1.0))',
+    'flip()',
+    f'rand_augment(2, {magnitude}, prob=1.0, max_magnitude=30)',
+  )
+  config.data.eval_ops = ('center_crop({size}, ratio=0.875)',)
+  config.loss.label_smoothing = 0.1
+  config.optimizer.name = 'sgd'
+  config.optimizer.learning_rate = 0.1 * config.batch_size / 256
+  config.optimizer.momentum = 0.9
+  config.optimizer.nesterov = True
+  config.optimizer.weight_decay = 4e-5
+  config.optimizer.weight_decay_mask = (
+    '/kernel$',
+    '(classifier|squeeze|excite)/bias$',
+    '/(height|width)_table$',
+  )
+  config.schedule.kind = 'cosine'
+  config.schedule.warmup = '5 epochs'
+  config.ema.decay = 0.9999
+  config.ema.warmup = True
+  config.eval.every = '5 epochs'
+
+
 def get_config() -> ml_collections.ConfigDict:
   """Returns every key there is, switched off or at the value that most recipes share."""
   config = ml_collections.ConfigDict()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import vision_attention as va
+from configs import halonet_h0
 from tests import golden
 from vision_attention import convert
 from vision_attention.attention import halo
@@ -253,3 +254,16 @@ def test_impossible_options_are_refused():
     va.create_model('halonet_h4', conv_stages=(0, 1))
   with pytest.raises(ValueError, match="stem '8x8' is unknown"):
     va.create_model('halonet_h4', stem='8x8')
+
+
+def test_the_config_has_the_size_and_the_stages_of_its_variant():
+  for name in va.list_models('halonet_h?'):
+    config = halonet_h0.get_config(f'variant={name},conv=2,batch=1024')
+    assert config.image_size == registry.variant_of(name).image_size
+    assert config.model.options.conv_stages == (1, 2)
+    assert config.optimizer.learning_rate == pytest.approx(0.4)
+    va.create_model(name, **config.model.options)
+  with pytest.raises(ValueError, match="variant='halonet26t' is no HaloNet"):
+    halonet_h0.get_config('variant=halonet26t')
+  with pytest.raises(ValueError, match='local is a model and recipe of its own'):
+    halonet_h0.get_config('local,conv=1')

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import vision_attention as va
+from configs import sasa_resnet50
 from vision_attention import convert
 from vision_attention.attention import halo, sasa
 from vision_attention.models import registry, tree
@@ -264,3 +265,20 @@ def test_impossible_options_are_refused():
     va.create_model('sasa_resnet_50', stem='attn')
   with pytest.raises(ValueError, match=r'conv_stages \(5,\) must lie within 1\.\.4'):
     va.create_model('sasa_resnet_50', conv_stages=(5,))
+
+
+def test_the_config_has_the_values_of_the_appendix():
+  config = sasa_resnet50.get_config('stem=attention,kernel=9')
+  assert (config.total, config.batch_size, config.schedule.warmup) == (
+    '130 epochs',
+    4096,
+    '10 epochs',
+  )
+  sgd = config.optimizer
+  assert (sgd.name, sgd.learning_rate, sgd.nesterov) == ('sgd', 1.6, True)
+  assert (config.ema.decay, config.model.options.norm_momentum) == (0.9999, 0.9999)
+  shapes = _shapes('sasa_resnet_26', **config.model.options)['backbone']
+  assert shapes['stage1']['block00']['attn']['height_table'].shape == (9, 4)
+  assert 'mixture' in shapes['stem']
+  with pytest.raises(ValueError, match='local is a model and recipe of its own'):
+    sasa_resnet50.get_config('local,kernel=3')
