@@ -20,6 +20,17 @@ TINY = {
     depths=(1, 2), strides=(1, 2), stages=(2,), first_conv=(), width=8, num_heads=2, image_size=32
   ),
   'acmix_resnet_26': dict(depths=(1, 1), width=8, image_size=32),
+  'san10_pairwise': dict(depths=(1, 1), dims=(32, 32), kernels=(3, 3), image_size=16),
+  'acmix_san10': dict(depths=(1, 1), dims=(32, 32), kernels=(3, 3), image_size=16),
+  'acmix_pvt_tiny': dict(
+    depths=(1, 1),
+    dims=(8, 16),
+    num_heads=(1, 2),
+    mlp_ratios=(2, 2),
+    reductions=(2, 1),
+    image_size=32,
+    drop_path=0.0,
+  ),
   'resnet_50': dict(depths=(1, 1), width=8, image_size=32),
   'resnet_34': dict(depths=(1, 2), width=8, image_size=32),
   'resnetrs50': dict(depths=(1, 1), width=16, image_size=32),
@@ -52,6 +63,14 @@ TINY = {
   'conv_attention_quadratic_general': dict(dim=16, depth=2, mlp_dim=16, num_heads=3, image_size=16),
   'conv_attention_learned_content': dict(
     dim=16, depth=1, mlp_dim=16, num_heads=2, dropout=0.1, attention_dropout=0.1, image_size=12
+  ),
+  'botnet_t3': dict(depths=(1, 2), attn_stages=(2,), width=8, num_heads=2, image_size=32),
+  'lamhalobotnet50ts_256': dict(
+    layout=('C', 'CA', 'A', 'A'),
+    dims=(16, 24, 32, 32),
+    gate={'name': 'gc', 'ratio': 0.5},
+    final_dim=16,
+    image_size=64,
   ),
   'swin_tiny': dict(depths=(2, 2), dim=8, num_heads=(1, 2), window=3, image_size=32),
   'convnext_tiny': dict(depths=(1, 1), dims=(8, 16), image_size=32),
