@@ -327,5 +327,6 @@ def local_attention_weights(
     p = np.arange(near.block[0])[:, None, None, None]
     q = np.arange(near.block[1])[:, None, None]
     weights = weights[:, :, :, :, p, q, p + taps[:, None], q + taps]
-  maps = _unblock(weights.reshape(*weights.shape[:6], -1), query.shape[1:3])
+  rows, columns = query.shape[1:3]
+  maps = _unblock(weights.reshape(*weights.shape[:6], -1), (rows, columns))
   return maps.transpose(0, 3, 1, 2, 4)
