@@ -8,6 +8,14 @@ from typing import Any
 import numpy as np
 
 from vision_attention.models import registry, tree
+from vision_attention.ops import relative_logits, relative_position
+
+# Tables of operators that go into any backbone; a model file's own `RESIZE` comes first.
+OPERATOR_TABLES = {
+  r'params/.*/attn/relative_position': relative_position.resize_table,
+  r'params/.*/attn/(relative|absolute)_(height|width)': relative_logits.resize_offsets,
+  r'params/.*/attn/(height|width)_offsets': relative_logits.resize_offsets,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +60,7 @@ def transfer(
   Raises:
     ValueError: listing every array that is missing, left over or of a wrong shape elsewhere.
   """
-  resizers = getattr(registry.module_of(name), 'RESIZE', {})
+  resizers = {**getattr(registry.module_of(name), 'RESIZE', {}), **OPERATOR_TABLES}
   source, target = tree.flatten(loaded), tree.flatten(init)
   # A model remembers whose convention its weights follow.
   source = {path: value for path, value in source.items() if not path.startswith('convention/')}

@@ -1,0 +1,129 @@
+"""Any operator in any backbone: every pair that makes sense runs and learns, the others say why."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import vision_attention as va
+from vision_attention.attention import operators
+from vision_attention.models import transfer, tree
+
+SIZE = 32
+# Every backbone with maps of at least 4x4 positions, and both kinds of residual block.
+HOSTS = {
+  'bottleneck': ('resnet_50', dict(depths=(1, 1), width=16, stem='small', attn_stages=(2,))),
+  'basic': ('resnet_18', dict(depths=(1, 1), width=16, stem='small', attn_stages=(2,))),
+  'vit': ('vit_ti8', dict(dim=32, depth=1, mlp_dim=32, num_heads=4, pool='gap')),
+  'coatnet': (
+    'coatnet_0',
+    dict(depths=(1, 1), dims=(16, 32), stem_dim=8, head_dim=8, layout='CT', strides=(2, 2)),
+  ),
+}
+# Softmax cannot see what shifts all logits of a query alike.
+BLIND = ('key/bias', 'position/bias', 'logits_norm/bias')
+
+
+@pytest.fixture(autouse=True)
+def _quick_compilation():
+  """Programs that run once are not worth optimising."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def _create(host: str, attn, **more):
+  name, options = HOSTS[host]
+  return va.create_model(name, num_classes=3, image_size=SIZE, attn=attn, **(options | more))[0]
+
+
+@pytest.mark.parametrize('host', HOSTS)
+@pytest.mark.parametrize('name', operators.list_operators())
+def test_every_operator_learns_in_every_backbone(name, host):
+  model = _create(host, name)
+  images = jax.random.normal(jax.random.key(1), (4, SIZE, SIZE, 3))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  paths = tree.flatten(shapes['params'])
+  assert [path for path in paths if '/attn/' in path]
+  # Drawn, not initialised: zero-initialised branches would hide what lies behind them.
+  rng = np.random.default_rng(0)
+  params = tree.unflatten(
+    {
+      path: (path.endswith('scale') + 0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
+      for path, leaf in paths.items()
+    }
+  )
+  stats = {'batch_stats': jax.tree.map(lambda x: jnp.ones(x.shape), shapes.get('batch_stats', {}))}
+
+  @jax.jit
+  def gradients(params):
+    def loss(params):
+      logits, _ = model.apply(
+        {'params': params, **stats},
+        images,
+        train=True,
+        rngs={'dropout': jax.random.key(3)},
+        mutable=['batch_stats'],
+      )
+      return jnp.square(logits - jnp.arange(3)).sum()
+
+    return jax.value_and_grad(loss)(params)
+
+  value, grads = gradients(params)
+  assert np.isfinite(value)
+  for path, grad in tree.flatten(grads).items():
+    assert np.isfinite(grad).all(), path
+    if '/attn/' in path and not path.endswith(BLIND):
+      assert np.abs(grad).max() > 0, path
+
+
+def test_a_name_a_mapping_and_a_class_are_the_same_operator():
+  images = jnp.zeros((1, SIZE, SIZE, 3))
+  bound = functools.partial(operators.operator('halo'), block=2, halo=1)
+  shapes = [
+    jax.eval_shape(_create('vit', attn).init, jax.random.key(0), images)
+    for attn in ({'name': 'halo', 'block': 2, 'halo': 1}, bound)
+  ]
+  assert jax.tree.map(jnp.shape, shapes[0]) == jax.tree.map(jnp.shape, shapes[1])
+
+
+def test_pairs_that_make_no_sense_are_refused_with_the_reason():
+  for name in operators.list_operators():
+    if operators.trait(operators.operator(name), 'needs_map', False):
+      with pytest.raises(ValueError, match='class token has no place in one'):
+        va.create_model('vit_ti16', attn=name)
+  with pytest.raises(ValueError, match="operator 'hallo' is unknown: did you mean 'halo'"):
+    va.create_model('resnet_50', attn='hallo')
+  with pytest.raises(ValueError, match="operator 'cbam' is unknown"):
+    va.create_model('resnet_50', attn='cbam')
+
+
+@pytest.mark.parametrize('name', ['relative', 'bottleneck', 'augmented'])
+def test_tables_of_operators_are_resized_in_any_backbone(name):
+  large, small = (
+    jax.eval_shape(
+      va.create_model('vit_ti8', pool='gap', attn=name, image_size=size, depth=1, dim=32)[0].init,
+      jax.random.key(0),
+      jnp.zeros((1, size, size, 3)),
+    )
+    for size in (48, 32)
+  )
+  loaded = jax.tree.map(lambda x: np.ones(x.shape, np.float32), small)
+  variables, report = transfer.transfer('vit_ti8', loaded, large)
+  assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, large)
+  assert any('/attn/' in path for path in report.resized)
+
+
+def test_traits_are_declared_by_the_class_alone():
+  """A misspelt trait would be ignored: those of every class are the known ones."""
+  known = {'needs_map', 'norm_after', 'act_after', 'stages', 'placement'}
+  listed = [*operators.list_operators(), *operators.list_modules()]
+  for name in listed:
+    cls = operators.module(name)
+    assert issubclass(cls, nn.Module)
+    hints = getattr(cls, '__annotations__', {})
+    traits = {key for key, hint in hints.items() if 'ClassVar' in str(hint)}
+    assert traits <= known, (name, traits - known)
