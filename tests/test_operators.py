@@ -105,7 +105,7 @@ def test_pairs_that_make_no_sense_are_refused_with_the_reason():
 def test_tables_of_operators_are_resized_in_any_backbone(name):
   large, small = (
     jax.eval_shape(
-      va.create_model('vit_ti8', pool='gap', attn=name, image_size=size, depth=1, dim=32)[0].init,
+      va.create_model('vit_ti8', pool='gap', attn=name, image_size=size, depth=1, dim=96)[0].init,
       jax.random.key(0),
       jnp.zeros((1, size, size, 3)),
     )

@@ -83,6 +83,6 @@ VARIANTS = {
     num_classes=100,
     params=36_058_836,
     flops=6.19e9,
-    source='arXiv 1904.09925, Table 1 (CIFAR-100; top-1 there 81.6 on CIFAR-100); sizes counted here',
+    source='arXiv 1904.09925, Table 1 (top-1 there 81.6 on CIFAR-100); sizes counted here',
   ),
 }
