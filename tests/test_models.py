@@ -34,6 +34,8 @@ TINY = {
   'resnet_50': dict(depths=(1, 1), width=8, image_size=32),
   'resnet_34': dict(depths=(1, 2), width=8, image_size=32),
   'resnetrs50': dict(depths=(1, 1), width=16, image_size=32),
+  'skresnet18': dict(depths=(1, 1), width=16, image_size=32),
+  'cbam_resnet_50': dict(depths=(1, 1), width=16, image_size=32),
   'vit_ti16': dict(dim=24, depth=2, mlp_dim=32, image_size=32, pre_logits=True),
   'vit_s16': dict(dim=24, depth=1, mlp_dim=32, num_heads=3, image_size=32, pool='map'),
   'vit_r26_s32': dict(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from vision_attention import errors
 from vision_attention.layers import conv, norm
+from vision_attention.ops import reduction
 
 # PyTorch's 0.01, which the authors of CBAM and of triplet attention give the gates' BatchNorm.
 _SLOW = 0.99
@@ -100,7 +101,7 @@ class PlaneGate(nn.Module):
 def _planes(x: Float[Array, 'b h w c'], axis: int) -> Float[Array, 'b p q 2']:
   """Returns maximum and mean along an axis; the other two stay in order."""
   mean = x.astype(jnp.float32).mean(axis).astype(x.dtype)
-  return jnp.stack([x.max(axis), mean], axis=-1)
+  return jnp.stack([reduction.first_max(x, axis), mean], axis=-1)
 
 
 class Cbam(nn.Module):
@@ -127,7 +128,8 @@ class Cbam(nn.Module):
     dim = x.shape[-1]
     types: dict[str, Any] = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     mean = x.astype(jnp.float32).mean((1, 2)).astype(self.dtype)
-    pooled = jnp.stack([mean, x.max((1, 2))])  # both go through one MLP
+    peak = reduction.first_max(x.reshape(x.shape[0], -1, dim), 1)
+    pooled = jnp.stack([mean, peak])  # both go through one MLP
     hidden = nn.Dense(_squeezed(dim, self.ratio), name='squeeze', **types)(pooled)
     logits = nn.Dense(dim, name='excite', **types)(jax.nn.relu(hidden)).sum(0)
     x = x * jax.nn.sigmoid(logits)[:, None, None]
