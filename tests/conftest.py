@@ -17,8 +17,17 @@ jaxtyping.install_import_hook(
   'beartype.beartype',
 )
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 # Compilation makes single examples slow; the seed is fixed so that a failure repeats.
 settings.register_profile('project', deadline=None, max_examples=8, derandomize=True)
 settings.load_profile('project')
+
+
+@pytest.fixture(autouse=True)
+def _quick_compilation(request):
+  """Programs that run once are not worth optimising; the marker `optimized` says which are."""
+  optimized = request.node.get_closest_marker('optimized') is not None
+  jax.config.update('jax_disable_most_optimizations', not optimized)

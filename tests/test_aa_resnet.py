@@ -22,14 +22,6 @@ from vision_attention.training import optimizer
 pytestmark = pytest.mark.fast
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @functools.cache
 def _shapes(name, image_size=None, **options):
   model, info = va.create_model(name, image_size=image_size, **options)

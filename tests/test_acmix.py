@@ -19,14 +19,6 @@ from vision_attention.ops import reflected_attention, shift_convolution
 pytestmark = pytest.mark.fast
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
   return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
@@ -78,6 +70,7 @@ def test_blocks_give_the_attention_of_single_neighbourhoods(height, width, kerne
   np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
 
 
+@pytest.mark.optimized
 def test_keys_and_values_are_not_copied_for_every_tap():
   """Compiled only, at the size of a first stage."""
   jax.config.update('jax_disable_most_optimizations', False)

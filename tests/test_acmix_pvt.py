@@ -15,14 +15,6 @@ from vision_attention.attention import mhsa, spatial_reduction
 pytestmark = pytest.mark.fast
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _count(name, **options):
   model, info = va.create_model(name, **options)
   params = convert.abstract_variables(model, info)['params']

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vision_attention.ops import convolution
 
 pytest.importorskip('libtpu', reason='libtpu exists for Linux on x86-64 only')
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.optimized]
 
 
 @pytest.fixture(scope='module')

@@ -20,14 +20,6 @@ from vision_attention.models import botnet, byoanet_variants, reference, registr
 pytestmark = pytest.mark.fast
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _loop(params, x, layer):
   """The definition, query by query."""
   batch, height, width, _ = x.shape

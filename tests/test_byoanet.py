@@ -15,14 +15,6 @@ from vision_attention.models import byoanet, byoanet_variants, registry, tree
 pytestmark = pytest.mark.fast
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _shapes(name, **options: Any):
   model, info = va.create_model(name, **options)
   return model, info, convert.abstract_variables(model, info)

@@ -25,14 +25,6 @@ pytestmark = pytest.mark.fast
 FEW = hypothesis.settings(max_examples=5)
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _random(*shape, seed=0):
   return jax.random.normal(jax.random.key(seed), shape)
 

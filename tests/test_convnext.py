@@ -19,14 +19,6 @@ pytestmark = pytest.mark.fast
 TINY = dict(depths=(1, 2), dims=(8, 16))
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _shapes(name, **options):
   model, info = va.create_model(name, **options)
   return convert.abstract_variables(model, info)

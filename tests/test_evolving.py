@@ -18,14 +18,6 @@ pytestmark = pytest.mark.fast
 TINY = dict(depths=(1, 1, 2, 1), width=8, num_heads=2, num_classes=3, image_size=64)
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _draw(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 

@@ -27,14 +27,6 @@ FEW = hypothesis.settings(max_examples=4)
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 9))
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _noisy(variables, seed=7, scale=0.5):
   """Adds noise to all variables: zeros of the initialisation would hide what they multiply."""
   leaves, structure = jax.tree.flatten(variables)

@@ -19,14 +19,6 @@ pytestmark = pytest.mark.fast
 TIMM = dict(scale='rsqrt', mask_padding=False, index='subsampled')
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @functools.cache
 def _shapes(name, **options):
   model, info = va.create_model(name, **options)

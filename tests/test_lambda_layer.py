@@ -13,14 +13,6 @@ pytestmark = pytest.mark.fast
 HEIGHT, WIDTH, DIM = 4, 5, 24
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _map():
   return jax.random.normal(jax.random.key(0), (2, HEIGHT, WIDTH, 8))
 

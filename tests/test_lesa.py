@@ -18,14 +18,6 @@ HEADS, DIM, SIZE = 2, 12, (3, 4)
 POSITIONS = list(lesa.POSITIONS)
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _normal(*shape: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).standard_normal(shape, np.float32)
 

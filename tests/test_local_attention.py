@@ -13,17 +13,6 @@ import vision_attention as va
 from vision_attention.ops import attention, convolution, local_attention, relative_logits
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation(request):
-  """Programs that run once are not worth optimising; memory is measured on optimised ones."""
-  if 'memory' in request.node.name:
-    yield
-    return
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _pairs(size, near):
   """Returns queries, keys of the padded map, and per pair whether it counts and its table rows."""
   height, width = size
@@ -351,6 +340,7 @@ def _memory(function, offsets):
   return program.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimized
 def test_memory_is_a_fraction_of_that_of_a_gather():
   """At 56x56, 96 channels, 7x7 neighbours and batch 32, forward and backward; nothing is run."""
   attend = local_attention.local_attention

@@ -202,14 +202,6 @@ def test_multiply_adds(name, size, options, expected):
   assert macs == pytest.approx(expected, rel=0.02), f'{macs:.3f} G, published {expected} G'
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @functools.cache
 def _tiny(name):
   model, info = va.create_model(name, num_classes=5, **TINY[name])

@@ -21,14 +21,6 @@ pytestmark = pytest.mark.fast
 BLIND = re.compile(r'squeeze/bias|spatial_conv\d/bias|(key|key_conv|gather|context)/bias')
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @functools.cache
 def _shapes(name, **options):
   model, info = va.create_model(name, **options)

@@ -27,14 +27,6 @@ HOSTS = {
 BLIND = ('key/bias', 'position/bias', 'logits_norm/bias')
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _create(host: str, attn, **more):
   name, options = HOSTS[host]
   return va.create_model(name, num_classes=3, image_size=SIZE, attn=attn, **(options | more))[0]

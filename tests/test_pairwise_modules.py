@@ -13,14 +13,6 @@ pytestmark = pytest.mark.fast
 NAMES = ('double_attention', 'pam', 'cam', 'dual_attention')
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _map():
   return 0.5 * jax.random.normal(jax.random.key(0), (2, 3, 5, 16))
 

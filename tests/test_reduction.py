@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vision_attention.ops import reduction
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.optimized]
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=8))

@@ -17,14 +17,6 @@ from vision_attention.models import registry, resnet, resnet_blocks, tree, wide_
 pytestmark = pytest.mark.fast
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _shapes(name, **options):
   model, info = va.create_model(name, **options)
   return convert.abstract_variables(model, info)

@@ -19,14 +19,6 @@ pytestmark = pytest.mark.fast
 LAYERS = {'pairwise': san.PairwiseAttention, 'patchwise': san.PatchwiseAttention}
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _normal(*shape: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).standard_normal(shape, np.float32)
 

@@ -18,14 +18,6 @@ from vision_attention.ops import convolution, position_embedding
 pytestmark = pytest.mark.fast
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _fresh(layer, x):
   init = functools.partial(layer.init_with_output, train=False)
   y, variables = jax.jit(init)(jax.random.key(0), x)

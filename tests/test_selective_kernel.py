@@ -13,14 +13,6 @@ from vision_attention.attention import operators, selective_kernel
 pytestmark = pytest.mark.fast
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _map():
   return jax.random.normal(jax.random.key(0), (2, 6, 8, 16))
 

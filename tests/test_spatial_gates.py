@@ -14,14 +14,6 @@ pytestmark = pytest.mark.fast
 NAMES = ('bam', 'cbam', 'triplet', 'coordinate')
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _map(shape=(2, 5, 7, 32)):
   return jax.random.normal(jax.random.key(0), shape)
 

@@ -19,14 +19,6 @@ pytestmark = pytest.mark.fast
 TINY = dict(depths=(2, 2), dim=8, num_heads=(1, 2), window=4)
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _shapes(name, **options):
   model, info = va.create_model(name, **options)
   return convert.abstract_variables(model, info)

@@ -15,14 +15,6 @@ DIM, DEPTH, HEADS, HIDDEN, CLASSES = 16, 2, 2, 24, 5
 TINY = dict(dim=DIM, depth=DEPTH, num_heads=HEADS, mlp_dim=HIDDEN)
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _images(*size: int) -> jax.Array:
   return jax.random.normal(jax.random.key(9), (2, *(size or (48, 48)), 3))
 

@@ -14,7 +14,6 @@ from tests.test_vit import (
   TINY,
   _images,
   _logits,
-  _quick_compilation,  # noqa: F401  a fixture
   _tiny,
 )
 

@@ -17,14 +17,6 @@ SIDES = st.integers(1, 9)
 WINDOWS = st.integers(1, 5)
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _map(height, width, dim=3, batch=2):
   shape = (batch, height, width, dim)
   return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
