@@ -51,7 +51,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.data.eval_ops = ('center_crop({size}, ratio=0.875)',)
   config.loss.label_smoothing = args.smoothing
   config.optimizer.weight_decay = 1e-4
-  config.optimizer.weight_decay_mask = ('/kernel$', 'stem/value$')
+  stem = ('stem/value$',) if args.stem == 'attention' else ()
+  config.optimizer.weight_decay_mask = ('/kernel$', *stem)
 
   config.optimizer.name = 'sgd'
   config.optimizer.learning_rate = 1.6 * args.batch / 4096

@@ -1,4 +1,4 @@
-"""Every system's `:local` preset learns digits on a laptop, through the loop of a full run."""
+"""Every system's recipe is a run, and its `:local` preset learns digits through the same loop."""
 
 import importlib
 import pathlib
@@ -7,6 +7,7 @@ import signal
 import pytest
 
 import train
+from vision_attention import planning
 from vision_attention.data import builders
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,3 +52,37 @@ def test_local_presets_learn(name, data_dir, tmp_path):
   print(f'{name}: {accuracy:.1f} %')
   assert found['eval/count'] == 355
   assert accuracy >= 80
+
+
+# Arguments under which other parameters are there to decay, freeze or start afresh.
+ARGUMENTS = [
+  *((name, '') for name in CONFIGS if name != 'common'),
+  ('sasa_resnet50', 'stem=attention'),
+  ('sasa_resnet50', 'stem=attention_plain'),
+  ('sasa_resnet50', 'stem=attention_convvalue'),
+  ('aa_resnet50', 'variant=aa_resnet_34'),
+  ('aa_resnet50', 'variant=aa_wide_resnet_28_10,data=cifar100'),
+  ('attention_modules', 'module=srm,variant=resnet_18'),
+  ('attention_modules', 'module=halo'),
+  ('attention_modules', 'variant=srm_resnet_50'),
+  ('botnet_t3', 'variant=botnet_50,last_stride=1'),
+  ('botnet_t3', 'variant=botnet_t7'),
+  ('conv_attention_quadratic', 'variant=conv_attention_learned_content'),
+  ('conv_attention_quadratic', 'variant=resnet_18'),
+  ('gc_resnet50', 'variant=nl_resnet_50'),
+  ('halonet_h0', 'variant=halonet_h4,conv=2'),
+  ('lesa_resnet50', 'variant=lesa_wrn_50'),
+  ('skin_lesions', 'module=cbam,variant=resnet_50,fold=-1'),
+]
+
+
+@pytest.mark.parametrize(('name', 'arg'), ARGUMENTS)
+def test_recipes_are_runs_that_could_start(name, arg):
+  """Model, optimizer, schedule and shapes fit each other, at full size; nothing is compiled."""
+  config = importlib.import_module(f'configs.{name}').get_config(arg)
+  if 'cifar100' in arg:
+    config.data.num_classes, config.data.num_train = 100, 50_000
+  plan = planning.prepare(config, with_data=False)
+  assert plan.total > 1000
+  assert plan.factor(plan.total // 2) > 0
+  assert plan.config.model.name == plan.info.name
