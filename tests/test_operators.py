@@ -72,6 +72,29 @@ def test_every_operator_learns_in_every_backbone(name, host):
       assert np.abs(grad).max() > 0, path
 
 
+# Channels compete in these, and not positions.
+WITHOUT_MAPS = {'sk', 'splat'}
+
+
+@pytest.mark.parametrize('name', sorted({*operators.list_operators()} - WITHOUT_MAPS))
+def test_attention_maps_can_be_taken_out(name):
+  model = _create('vit', name)
+  images = jax.random.normal(jax.random.key(1), (2, SIZE, SIZE, 3))
+  variables = jax.jit(model.init)(jax.random.key(0), images)
+  apply = jax.jit(functools.partial(model.apply, mutable=['intermediates']))
+  _, state = apply(variables, images)
+  [(path, [weights])] = tree.flatten(state['intermediates']).items()
+  assert path.endswith('attn/attention')
+  # [b, heads, queries, keys], or [b, heads, h, w, taps] of local attention; 4x4 positions.
+  assert weights.ndim in (4, 5)
+  assert weights.shape[0] == 2
+  assert weights.dtype == jnp.float32
+  if weights.ndim == 5:
+    assert weights.shape[2:4] == (4, 4)
+  if name != 'san_patchwise':  # whose weights are no softmax
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
 def test_a_name_a_mapping_and_a_class_are_the_same_operator():
   images = jnp.zeros((1, SIZE, SIZE, 3))
   bound = functools.partial(operators.operator('halo'), block=2, halo=1)
