@@ -19,8 +19,6 @@ from vision_attention.models import aa_mnasnet, aa_resnet, aa_wide_resnet, trans
 from vision_attention.ops import relative_logits, resize
 from vision_attention.training import optimizer
 
-pytestmark = pytest.mark.fast
-
 
 @functools.cache
 def _shapes(name, image_size=None, **options):

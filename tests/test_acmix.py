@@ -16,8 +16,6 @@ from vision_attention.attention import acmix
 from vision_attention.models import registry, tree
 from vision_attention.ops import reflected_attention, shift_convolution
 
-pytestmark = pytest.mark.fast
-
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
   return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))

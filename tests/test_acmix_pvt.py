@@ -12,8 +12,6 @@ import vision_attention as va
 from vision_attention import convert
 from vision_attention.attention import mhsa, spatial_reduction
 
-pytestmark = pytest.mark.fast
-
 
 def _count(name, **options):
   model, info = va.create_model(name, **options)

@@ -17,8 +17,6 @@ from vision_attention import convert
 from vision_attention.attention import bottleneck
 from vision_attention.models import botnet, byoanet_variants, reference, registry, transfer, tree
 
-pytestmark = pytest.mark.fast
-
 
 def _loop(params, x, layer):
   """The definition, query by query."""

@@ -12,8 +12,6 @@ import vision_attention as va
 from vision_attention import convert
 from vision_attention.models import byoanet, byoanet_variants, registry, tree
 
-pytestmark = pytest.mark.fast
-
 
 def _shapes(name, **options: Any):
   model, info = va.create_model(name, **options)

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from vision_attention.attention import channel_gates, operators
 
-pytestmark = pytest.mark.fast
-
 
 def _map(seed=0, shape=(2, 5, 7, 32)):
   return jax.random.normal(jax.random.key(seed), shape)

@@ -20,7 +20,6 @@ from vision_attention.models import registry, tree
 from vision_attention.ops import patches, quadratic_attention
 from vision_attention.training import optimizer
 
-pytestmark = pytest.mark.fast
 # Every shape is compiled.
 FEW = hypothesis.settings(max_examples=5)
 

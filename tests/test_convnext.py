@@ -15,7 +15,6 @@ from vision_attention import convert
 from vision_attention.models import convnext, tree
 from vision_attention.training import optimizer
 
-pytestmark = pytest.mark.fast
 TINY = dict(depths=(1, 2), dims=(8, 16))
 
 

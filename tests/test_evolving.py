@@ -14,7 +14,6 @@ from vision_attention import convert
 from vision_attention.attention import augmented, evolving
 from vision_attention.models import ea_resnet, registry, tree
 
-pytestmark = pytest.mark.fast
 TINY = dict(depths=(1, 1, 2, 1), width=8, num_heads=2, num_classes=3, image_size=64)
 
 

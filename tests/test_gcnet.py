@@ -21,7 +21,6 @@ from vision_attention.models import registry, tree
 from vision_attention.ops import attention_statistics
 from vision_attention.ops import non_local as math_of
 
-pytestmark = pytest.mark.fast
 # Every shape is compiled.
 FEW = hypothesis.settings(max_examples=4)
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 9))

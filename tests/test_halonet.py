@@ -15,7 +15,6 @@ from vision_attention import convert
 from vision_attention.attention import halo
 from vision_attention.models import reference, registry, tree
 
-pytestmark = pytest.mark.fast
 TIMM = dict(scale='rsqrt', mask_padding=False, index='subsampled')
 
 

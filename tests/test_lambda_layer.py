@@ -9,7 +9,6 @@ import pytest
 
 from vision_attention.attention import lambda_layer
 
-pytestmark = pytest.mark.fast
 HEIGHT, WIDTH, DIM = 4, 5, 24
 
 

@@ -13,7 +13,6 @@ from vision_attention import convert
 from vision_attention.attention import lesa
 from vision_attention.models import registry, tree
 
-pytestmark = pytest.mark.fast
 HEADS, DIM, SIZE = 2, 12, (3, 4)
 POSITIONS = list(lesa.POSITIONS)
 

@@ -122,7 +122,6 @@ def test_centred_neighbourhoods_are_exact_at_any_size(size, kernel, block, mask_
   _check(size, near, position_scale=0.5, half=True)
 
 
-@pytest.mark.fast
 def test_halo_zero_is_attention_within_windows():
   near = local_attention.halo(3, 0)
   query, key, value, *_ = _arrays((6, 9), near)
@@ -135,7 +134,6 @@ def test_halo_zero_is_attention_within_windows():
   np.testing.assert_allclose(windows(y), expected, atol=1e-5)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize('kind', ['block', 'halo', 'kernel'])
 def test_a_window_that_covers_the_image_is_global_attention(kind):
   near = {
@@ -153,7 +151,6 @@ def test_a_window_that_covers_the_image_is_global_attention(kind):
   np.testing.assert_allclose(y.reshape(expected.shape), expected, atol=1e-5)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize('mask_padding', [True, False])
 def test_blocks_of_one_pixel_are_centred(mask_padding):
   halo = local_attention.halo(1, 2, mask_padding=mask_padding)
@@ -163,7 +160,6 @@ def test_blocks_of_one_pixel_are_centred(mask_padding):
   np.testing.assert_allclose(*ys, atol=1e-5)
 
 
-@pytest.mark.fast
 def test_the_block_is_no_part_of_a_centred_neighbourhood():
   nears = [local_attention.centred(5, (11, 8), block=block) for block in (1, 3, 4, 16)]
   arrays = _arrays((11, 8), nears[0], half=True)
@@ -172,7 +168,6 @@ def test_the_block_is_no_part_of_a_centred_neighbourhood():
     np.testing.assert_allclose(y, ys[0], atol=1e-5)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
   ('kind', 'shift', 'same'), [('halo', 4, 1), ('halo', 1, 0), ('kernel', 1, 1)]
 )
@@ -192,7 +187,6 @@ def test_outputs_move_with_the_input(kind, shift, same):
   assert (difference < 1e-5) == bool(same), difference
 
 
-@pytest.mark.fast
 def test_two_tables_are_one_table_of_concatenated_vectors():
   near = local_attention.centred(3, (5, 5), block=5)
   query, key, value, rows, columns = _arrays((5, 5), near, half=True)
@@ -214,7 +208,6 @@ def test_two_tables_are_one_table_of_concatenated_vectors():
   np.testing.assert_allclose(mine, weights.reshape(*weights.shape[:4], 9), atol=1e-5)
 
 
-@pytest.mark.fast
 def test_queries_of_zero_average():
   near = local_attention.centred(3, (7, 6))
   query, key, value, *tables = _arrays((7, 6), near)
@@ -224,7 +217,6 @@ def test_queries_of_zero_average():
   np.testing.assert_allclose(y.reshape(expected.shape), expected, atol=1e-5)
 
 
-@pytest.mark.fast
 def test_a_neighbourhood_of_one_pixel_is_the_identity():
   near = local_attention.centred(1, (4, 5))
   query, key, value, *tables = _arrays((4, 5), near)
@@ -232,7 +224,6 @@ def test_a_neighbourhood_of_one_pixel_is_the_identity():
   np.testing.assert_allclose(y, value, rtol=1e-6)
 
 
-@pytest.mark.fast
 def test_strided_queries_are_every_other_query():
   """With true offsets; subsampled ones are others."""
   full = local_attention.halo(4, 3)
@@ -247,7 +238,6 @@ def test_strided_queries_are_every_other_query():
   assert jnp.abs(attend(*tables, near=other) - y).max() > 1e-2
 
 
-@pytest.mark.fast
 def test_subsampled_tables_have_rows_that_no_pair_uses():
   near = local_attention.halo(4, 1, index='subsampled')
   assert local_attention.table_size(near) == 11
@@ -255,7 +245,6 @@ def test_subsampled_tables_have_rows_that_no_pair_uses():
   np.testing.assert_array_equal(used, np.arange(2, 11))
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize('kind', ['halo', 'zeros', 'kernel'])
 def test_attention_maps_are_those_of_the_reference(kind):
   size = (7, 6)
@@ -276,7 +265,6 @@ def test_attention_maps_are_those_of_the_reference(kind):
   np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
-@pytest.mark.fast
 def test_bfloat16_is_close_and_softmax_is_not_rounded():
   near = local_attention.halo(4, 2)
   arrays = _arrays((8, 8), near, dim=16)
@@ -289,7 +277,6 @@ def test_bfloat16_is_close_and_softmax_is_not_rounded():
   np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
 
 
-@pytest.mark.fast
 def test_masked_products_are_not_counted():
   near = local_attention.centred(7, (14, 14))
   arrays = _arrays((14, 14), near, dim=8, value_dim=8, half=True)
@@ -301,7 +288,6 @@ def test_masked_products_are_not_counted():
   assert macs >= 2 * 2 * 14 * 14 * 169 * 16
 
 
-@pytest.mark.fast
 def test_impossible_neighbourhoods_are_refused():
   with pytest.raises(ValueError, match='kernel 4 has no centre: pass 5'):
     local_attention.centred(4, (8, 8))

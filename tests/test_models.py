@@ -100,8 +100,17 @@ def _count(name, image_size=None, **options):
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes['params']))
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize('name', va.list_models())
+# The first variant of every model file.
+HEADLINES = {next(iter(module.VARIANTS)) for module in registry.modules().values()}
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.fast] if name in HEADLINES else [])
+    for name in va.list_models()
+  ],
+)
 def test_parameters_are_the_published_ones(name):
   expected = registry.variant_of(name).params
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_own_shapes(name)['params']))

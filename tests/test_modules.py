@@ -16,7 +16,6 @@ from vision_attention.attention import operators
 from vision_attention.models import registry, tree
 from vision_attention.training import optimizer
 
-pytestmark = pytest.mark.fast
 # In training a bias before a norm, and one that shifts all logits of a query alike, change nothing.
 BLIND = re.compile(r'squeeze/bias|spatial_conv\d/bias|(key|key_conv|gather|context)/bias')
 

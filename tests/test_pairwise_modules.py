@@ -9,7 +9,6 @@ import pytest
 
 from vision_attention.attention import operators
 
-pytestmark = pytest.mark.fast
 NAMES = ('double_attention', 'pam', 'cam', 'dual_attention')
 
 

@@ -15,7 +15,6 @@ from vision_attention.models import san as models
 from vision_attention.models import tree
 from vision_attention.ops import vector_attention
 
-pytestmark = pytest.mark.fast
 LAYERS = {'pairwise': san.PairwiseAttention, 'patchwise': san.PatchwiseAttention}
 
 

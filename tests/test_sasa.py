@@ -15,8 +15,6 @@ from vision_attention.attention import halo, sasa
 from vision_attention.models import registry, tree
 from vision_attention.ops import convolution, position_embedding
 
-pytestmark = pytest.mark.fast
-
 
 def _fresh(layer, x):
   init = functools.partial(layer.init_with_output, train=False)

@@ -10,8 +10,6 @@ import pytest
 
 from vision_attention.attention import operators, selective_kernel
 
-pytestmark = pytest.mark.fast
-
 
 def _map():
   return jax.random.normal(jax.random.key(0), (2, 6, 8, 16))

@@ -10,7 +10,6 @@ import pytest
 
 from vision_attention.attention import operators
 
-pytestmark = pytest.mark.fast
 NAMES = ('bam', 'cbam', 'triplet', 'coordinate')
 
 

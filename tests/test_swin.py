@@ -15,7 +15,6 @@ from vision_attention.attention import mhsa, relative, window
 from vision_attention.models import registry, swin, tree
 from vision_attention.ops import bicubic, windows
 
-pytestmark = pytest.mark.fast
 TINY = dict(depths=(2, 2), dim=8, num_heads=(1, 2), window=4)
 
 
