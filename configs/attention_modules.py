@@ -12,7 +12,7 @@ scripts); the epochs are 90, or 100 in the commands of BAM, CBAM and ECA. Publis
 ImageNet-1k of ResNet-50: BAM 76.86, SE 77.63, CBAM 77.62, ECA 77.42, triplet 77.48; of ResNet-18:
 ECA 70.92, triplet 71.09. Cost: not published. These runs have not been repeated here.
 
-`local` trains a small ResNet on scikit-learn's digits, in about a minute on two CPU cores, to at
+`local` trains a small ResNet on scikit-learn's digits, in a minute or two on two CPU cores, to at
 least 90 % of the 355 test images.
 """
 

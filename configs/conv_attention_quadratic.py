@@ -16,7 +16,7 @@ not been repeated here.
 The authors' scripts move the schedule at the start of every epoch only, by 501 steps where an epoch
 has 500: the rate is constant within an epoch, and zero in the first. Here it moves at every step.
 
-`local` trains a small model on scikit-learn's digits in about a minute on two CPU cores, to
+`local` trains a small model on scikit-learn's digits in a minute or two on two CPU cores, to
 about 90 % of the 355 test images.
 """
 

@@ -18,7 +18,7 @@ one context block 77.34, context blocks everywhere (`gc_resnet_50`) 77.70. Cost:
 These runs have not been repeated here. On COCO (Mask R-CNN, box AP, 12 epochs): 37.2 without
 blocks, 39.4 with, 39.9 with `ratio=1/4`.
 
-`local` trains a small GC-ResNet on scikit-learn's digits in about a minute on two CPU cores, to at
+`local` trains a small GC-ResNet on scikit-learn's digits in a minute or two on two CPU cores, to at
 least 90 % of the 355 test images.
 """
 

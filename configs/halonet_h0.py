@@ -15,7 +15,7 @@ of convolutions 84.6, 84.7 and 83.8. Cost there: not published. For H0 to H6 the
 The paper's own recipe could not be checked: this is the one of the same authors' ResNet-RS (arXiv
 2103.07579, section 4), which it is said to share.
 
-`local` trains a small HaloNet on scikit-learn's digits, in about a minute on two CPU cores, to at
+`local` trains a small HaloNet on scikit-learn's digits, in a minute or two on two CPU cores, to at
 least 95 % of the 355 test images.
 """
 

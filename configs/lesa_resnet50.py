@@ -11,7 +11,7 @@ Published top-1 (github.com/Chenglin-Yang/LESA_classification): LESA-ResNet-50 7
 statistics are those of the 32 images of one GPU, these are of the whole batch. Whether the paper's
 numbers took more augmentation than the commands do is not verified.
 
-`local` trains a small LESA-ResNet on scikit-learn's digits, in about a minute on two CPU cores, to
+`local` trains a small LESA-ResNet on scikit-learn's digits, in a minute or two on two CPU cores, to
 at least 90 % of the 355 test images.
 """
 

@@ -14,7 +14,7 @@ The protocol is this project's own: of the paper's, splits, depths and hyperpara
 here, nor are its results. docs/skin_lesions.md has the commands of the whole comparison. Cost: not
 measured on HAM10000.
 
-`local` trains a small ResNet on scikit-learn's digits, in under a minute on two CPU cores, to at
+`local` trains a small ResNet on scikit-learn's digits, in a minute or two on two CPU cores, to at
 least 90 % of the test images.
 """
 
