@@ -13,7 +13,7 @@ Unverified: the code's default is 90 epochs, and the paper is recalled to say 10
 warm-up begins at a quarter of the learning rate, this one at zero. The code multiplies the learning
 rate by nothing when the batch changes; here it grows with the batch.
 
-`local` trains a small ACmix-ResNet on scikit-learn's digits, within two minutes on two CPU cores, to
+`local` trains a small ACmix-ResNet on scikit-learn's digits, in two minutes on two CPU cores, to
 at least 90 % of the 355 test images.
 """
 

@@ -16,7 +16,7 @@ The paper's own recipe of T3 to T7 is not known here in every number. This one i
 (arXiv 2103.07579), by some of the same authors and of the same kind; which of its regularisations
 belongs to which variant is this project's choice.
 
-`local` trains a small network with attention on scikit-learn's digits, within two minutes on two CPU
+`local` trains a small network with attention on scikit-learn's digits, in two minutes on two CPU
 cores, to at least 97 % of the 355 test images.
 """
 

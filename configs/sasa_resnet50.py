@@ -15,7 +15,7 @@ has not been repeated here.
 The statistics of BatchNorm keep 0.9999 of the old per step: expect poor evaluation for the first
 epochs.
 
-`local` trains a small one on scikit-learn's digits, within two minutes on two CPU cores, to at least
+`local` trains a small one on scikit-learn's digits, in two minutes on two CPU cores, to at least
 95 % of the 355 test images; attention stems take three times as long.
 """
 
