@@ -1,4 +1,4 @@
-"""Self-attention within shifted windows (arXiv 2103.14030, section 3.2)."""
+"""Self-attention within shifted windows (arXiv 2103.14030) and on grids (arXiv 2204.01697)."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -12,23 +12,21 @@ from jaxtyping import Array, Float
 from vision_attention.ops import relative_position, windows
 
 
-class WindowAttention(nn.Module):
-  """`softmax(q k / sqrt(d) + B) v` among the pixels of a window (equation 4), on maps of any size.
+class PartitionAttention(nn.Module):
+  """`softmax(q k / sqrt(d) + B) v` among the pixels of a part of the map, on maps of any size.
 
   `B` is a scalar per head and offset, query minus key, from a table `relative_position` of
-  `[heads, 2 rows - 1, 2 columns - 1]`. Windows are no larger than the map, and then not shifted; a
-  map that they do not tile is padded, and what is padded is masked. The attention map
-  `[b * windows, n, q, k]`, images first and windows row by row, is sown as `attention` where
-  `intermediates` is mutable.
+  `[heads, 2 rows - 1, 2 columns - 1]`. The attention map `[b * parts, n, q, k]`, images first, is
+  sown as `attention` where `intermediates` is mutable. Subclasses say in `tiling` what the parts
+  are.
 
   Attributes:
     dim: output width.
     num_heads: number of heads.
     head_dim: channels of a head; `dim / num_heads` unless given.
-    window: side of a window, or height and width.
-    shift: rows and columns before the first whole window, one number or two.
-    fit: what becomes of windows larger than the map, see `ops.windows.tile`.
-    padding: what padded pixels are, see `ops.windows.tile`.
+    table_window: height and width of the part that the table is made for, or one number; that of
+      the part unless given. If given, a table of another size than the part's is interpolated in
+      the program, so that its gradient goes through (MaxViT's code when it fine-tunes).
     qkv_bias: whether query, key and value have biases.
     dropout: rate after the output projection.
     table_init: of the table.
@@ -38,10 +36,7 @@ class WindowAttention(nn.Module):
   dim: int
   num_heads: int = 4
   head_dim: int | None = None
-  window: int | Sequence[int] = 7
-  shift: int | Sequence[int] = 0
-  fit: str = 'axis'
-  padding: str = 'mask'
+  table_window: int | Sequence[int] | None = None
   qkv_bias: bool = True
   dropout: float = 0.0
   kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
@@ -56,7 +51,8 @@ class WindowAttention(nn.Module):
         f'{self.num_heads} heads do not divide width {self.dim}: pass a divisor or head_dim'
       )
     head_dim = self.head_dim or self.dim // self.num_heads
-    tiling = windows.tile(x.shape[1:3], self.window, self.shift, fit=self.fit, padding=self.padding)
+    height, width = x.shape[1:3]
+    tiling = self.tiling((height, width))
 
     def dense(dim: int, name: str, use_bias: bool = True) -> nn.Dense:
       return nn.Dense(
@@ -75,9 +71,7 @@ class WindowAttention(nn.Module):
     pixels = windows.split(x, tiling)
     query, key, value = (heads(pixels, name) for name in ('query', 'key', 'value'))
     rows, columns = tiling.window
-    shape = (self.num_heads, 2 * rows - 1, 2 * columns - 1)
-    table = self.param('relative_position', self.table_init, shape, self.param_dtype)
-    bias = relative_position.relative_bias(jnp.asarray(table), rows, columns)
+    bias = relative_position.relative_bias(self._table(rows, columns), rows, columns)
     logits = windows.window_logits(query, key, bias, windows.visible(tiling))
     if self.is_mutable_collection('intermediates'):
       self.sow('intermediates', 'attention', jax.nn.softmax(windows.fold(logits)))
@@ -86,5 +80,64 @@ class WindowAttention(nn.Module):
     y = windows.join(y, tiling)
     return nn.Dropout(self.dropout, deterministic=not train)(y)
 
+  def tiling(self, size: tuple[int, int]) -> windows.Tiling:
+    """Returns the parts of a map of height and width `size`."""
+    raise NotImplementedError
 
-OPERATORS = {'window': WindowAttention}
+  def _table(self, rows: int, columns: int) -> Float[Array, 'n y x']:
+    """Returns the table for parts of `rows` and `columns`."""
+    shape = (2 * rows - 1, 2 * columns - 1)
+    stored = shape
+    if self.table_window is not None:
+      height, width = windows.pair(self.table_window)
+      stored = (2 * height - 1, 2 * width - 1)
+      if self.has_variable('params', 'relative_position'):
+        # What was loaded may have been made for yet another window.
+        stored = self.get_variable('params', 'relative_position').shape[1:]
+    table = self.param(
+      'relative_position', self.table_init, (self.num_heads, *stored), self.param_dtype
+    )
+    table = jnp.asarray(table)
+    return table if stored == shape else relative_position.interpolate(table, *shape)
+
+
+class WindowAttention(PartitionAttention):
+  """Attention within windows (arXiv 2103.14030, section 3.2, equation 4).
+
+  Windows are no larger than the map, and then not shifted; a map that they do not tile is padded,
+  and what is padded is masked. In the attention map windows follow each other row by row.
+
+  Attributes:
+    window: side of a window, or height and width.
+    shift: rows and columns before the first whole window, one number or two.
+    fit: what becomes of windows larger than the map, see `ops.windows.tile`.
+    padding: what padded pixels are, see `ops.windows.tile`.
+  """
+
+  window: int | Sequence[int] = 7
+  shift: int | Sequence[int] = 0
+  fit: str = 'axis'
+  padding: str = 'mask'
+
+  def tiling(self, size: tuple[int, int]) -> windows.Tiling:
+    return windows.tile(size, self.window, self.shift, fit=self.fit, padding=self.padding)
+
+
+class GridAttention(PartitionAttention):
+  """Attention among pixels that lie apart and span the map (arXiv 2204.01697, section 3.2).
+
+  The map is cut into `grid` cells; the pixels at one place of all cells attend to each other. A
+  grid is no larger than the map; a map that it does not divide is padded, and what is padded is
+  masked. In the attention map the places of a cell follow each other row by row.
+
+  Attributes:
+    grid: cells along either axis, or along height and width.
+  """
+
+  grid: int | Sequence[int] = 7
+
+  def tiling(self, size: tuple[int, int]) -> windows.Tiling:
+    return windows.lattice(size, self.grid)
+
+
+OPERATORS = {'window': WindowAttention, 'grid': GridAttention}

@@ -44,8 +44,11 @@ def relative_bias(table: Float[Array, 'n y x'], height: int, width: int) -> Floa
   return full.transpose(0, 3, 1, 4, 2).reshape(heads, height * width, height * width)
 
 
+def interpolate(table: Float[Array, 'n y x'], rows: int, columns: int) -> Float[Array, 'n r c']:
+  """Resizes a table bilinearly with half-pixel centres, as MaxViT's code does."""
+  return jax.image.resize(table, (len(table), rows, columns), 'bilinear', antialias=False)
+
+
 def resize_table(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Resizes `[n, y, x]` bilinearly with half-pixel centres, as MaxViT's code does."""
-  return np.asarray(
-    jax.image.resize(table, (table.shape[0], *shape[1:]), 'bilinear', antialias=False)
-  )
+  """`interpolate` of stored variables, to the last two axes of `shape`."""
+  return np.asarray(interpolate(jnp.asarray(table), *shape[1:]))

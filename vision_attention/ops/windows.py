@@ -23,19 +23,21 @@ _HIDDEN = -1e9
 
 
 class Tiling(NamedTuple):
-  """Windows over a map; make it with `tile`. All of it is static.
+  """Windows over a map; make it with `tile` or `lattice`. All of it is static.
 
   Attributes:
     size: height and width of the map.
     window: height and width of a window.
     shift: rows and columns of the map before the first whole window.
     padding: see `tile`.
+    grid: whether windows are the lattices of `grid_partition`.
   """
 
   size: tuple[int, int]
   window: tuple[int, int]
   shift: tuple[int, int]
   padding: str = 'mask'
+  grid: bool = False
 
   @property
   def padded(self) -> tuple[int, int]:
@@ -91,6 +93,18 @@ def tile(
   rows, columns = (min(side, m) for side, m in zip(sides, window, strict=True))
   down, right = (0 if whole else s for whole, s in zip(inside, shift, strict=True))
   return Tiling(sides, (rows, columns), (down, right), padding)
+
+
+def lattice(size: Sequence[int], grid: int | Sequence[int]) -> Tiling:
+  """Returns the lattices of `grid` pixels that span a map of any size; see `grid_partition`.
+
+  Along an axis of no more pixels than the grid, a lattice has all of them. What makes an axis a
+  multiple of the grid is padded at its end and masked; every lattice keeps pixels of the map.
+
+  Raises:
+    ValueError: for a grid of no pixel.
+  """
+  return tile(size, grid)._replace(grid=True)
 
 
 def partition(x: Float[Array, 'b h w c'], window: int | Sequence[int]) -> Float[Array, 'b g q c']:
@@ -162,13 +176,14 @@ def split(x: Float[Array, 'b h w c'], tiling: Tiling) -> Float[Array, 'b g q c']
   x = x if late else _pad(x, tiling)
   if down or right:
     x = jnp.roll(x, (-down, -right), (1, 2))
-  return partition(_pad(x, tiling) if late else x, tiling.window)
+  cut = grid_partition if tiling.grid else partition
+  return cut(_pad(x, tiling) if late else x, tiling.window)
 
 
 def join(x: Float[Array, 'b g q c'], tiling: Tiling) -> Float[Array, 'b h w c']:
   """Undoes `split`."""
   (height, width), (down, right) = tiling.size, tiling.shift
-  x = merge(x, tiling.window, tiling.padded)
+  x = (grid_merge if tiling.grid else merge)(x, tiling.window, tiling.padded)
   if tiling.padding == 'attend_late':
     x = x[:, :height, :width]
   if down or right:
@@ -196,8 +211,11 @@ def labels(tiling: Tiling) -> Int[np.ndarray, 'g q'] | None:
     return None
   both = 3 * parts[0][:, None] + parts[1]
   (height, width), (rows, columns) = tiling.padded, tiling.window
-  cells = both.reshape(height // rows, rows, width // columns, columns)
-  return cells.transpose(0, 2, 1, 3).reshape(-1, rows * columns).astype(np.int32)
+  if tiling.grid:
+    cells = both.reshape(rows, height // rows, columns, width // columns).transpose(1, 3, 0, 2)
+  else:
+    cells = both.reshape(height // rows, rows, width // columns, columns).transpose(0, 2, 1, 3)
+  return cells.reshape(-1, rows * columns).astype(np.int32)
 
 
 def visible(tiling: Tiling) -> Bool[Array, 'g q k'] | None:
