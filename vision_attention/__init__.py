@@ -12,11 +12,13 @@ if TYPE_CHECKING:
   from vision_attention.checkpoint import load, load_variables
   from vision_attention.convert import load_reference
   from vision_attention.macs import count_macs
+  from vision_attention.models.fusing import fuse_batchnorm
   from vision_attention.models.registry import create_model, list_models
 
 __all__ = [
   'count_macs',
   'create_model',
+  'fuse_batchnorm',
   'list_models',
   'load',
   'load_reference',
@@ -26,6 +28,7 @@ __all__ = [
 _HOMES = {
   'count_macs': 'macs',
   'create_model': 'models.registry',
+  'fuse_batchnorm': 'models.fusing',
   'list_models': 'models.registry',
   'load': 'checkpoint',
   'load_reference': 'convert',

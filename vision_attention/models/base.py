@@ -100,6 +100,21 @@ class Classifier(nn.Module):
     """Returns the backbone's features by name: `stage1` ... and what the head reads."""
     return self.backbone(jnp.asarray(images), train=train)
 
+  def both_logits(
+    self, images: Float[Array, 'b h w c'], *, train: bool = False
+  ) -> dict[str, Float[Array, 'b k']]:
+    """Returns the logits of a head with two classifiers, by name: `classifier`, `distilled`.
+
+    The second is trained on a teacher's answers; `__call__` gives the mean. Called as
+    `model.apply(variables, images, train=True, method='both_logits')`.
+
+    Raises:
+      ValueError: if the model has one classifier.
+    """
+    if not getattr(self.head, 'distillation', False):
+      raise ValueError('the model has one classifier: create one that takes distillation=True')
+    return self.head(self.features(images, train=train), train=train, both=True)
+
 
 def check_image_size(images: Float[Array, 'b h w c'], expected: tuple[int, int]) -> None:
   """Raises ValueError unless the images have the size that the model's tables are made for."""

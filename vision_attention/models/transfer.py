@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from vision_attention.models import registry, tree
-from vision_attention.ops import global_filter, relative_logits, relative_position
+from vision_attention.ops import distance_bias, global_filter, relative_logits, relative_position
 
 # Tables of operators that go into any backbone; a model file's own `RESIZE` comes first.
 OPERATOR_TABLES = {
   r'params/.*/attn/relative_position': relative_position.resize_table,
+  r'params/.*/attn/attention_bias': distance_bias.resize,
   r'params/.*/attn/(relative|absolute)_(height|width)': relative_logits.resize_offsets,
   r'params/.*/attn/(height|width)_offsets': relative_logits.resize_offsets,
   r'params/.*/attn/depthwise/filter': global_filter.resize,
