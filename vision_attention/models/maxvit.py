@@ -31,17 +31,17 @@ class MaxViTBlock(nn.Module):
   MBConv has one shortcut, an attention layer two: around attention, and around its MLP (Figure 2).
 
   Attributes:
-    layers: by name, each called with `stride` and its name.
+    layers: names and layers in order, each called with `stride` and its name.
     stride: of the first layer.
   """
 
-  layers: Mapping[str, ModuleDef]
+  layers: Sequence[tuple[str, ModuleDef]]
   stride: int
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
     stride = self.stride
-    for name, layer in self.layers.items():
+    for name, layer in self.layers:
       x = layer(stride=stride, name=name)(x, train=train)
       stride = 1
     return x
@@ -123,7 +123,7 @@ def build(
   if window_policy == 'scale':
     sides = tuple(-(-m * side // 224) for m, side in zip(sides, image_size, strict=True))
   types: dict[str, Any] = {'dtype': dtype, 'param_dtype': param_dtype}
-  layer = functools.partial(conv.Conv, kernel_init=INIT, **types)
+  convolution = functools.partial(conv.Conv, kernel_init=INIT, **types)
   batch_norm = functools.partial(
     norm.BatchNorm, epsilon=norm_epsilon, momentum=norm_momentum, **types
   )
@@ -141,7 +141,7 @@ def build(
       pool='avg',
       attn=made,
       mlp=functools.partial(mlp.Mlp, activation=activation, kernel_init=INIT, **types),
-      conv=layer,
+      conv=convolution,
       norm=layer_norm,
     )
 
@@ -151,7 +151,7 @@ def build(
       stride_in='depthwise',
       pool='avg',
       activation=activation,
-      conv=layer,
+      conv=convolution,
       norm=batch_norm,
       squeeze=functools.partial(
         squeeze_excite.SqueezeExcite, activation='silu', kernel_init=INIT, **types
@@ -162,12 +162,12 @@ def build(
   }
 
   def block(i: int, j: int) -> ModuleDef:
-    made, letters = {}, layouts[i]
-    for k, letter in enumerate(letters):
-      again = letters[:k].count(letter)
-      name = LAYERS[letter] + (f'{again}' if again else '')
-      made[name] = functools.partial(kinds[letter], dim=dims[i], drop_path=rates[i][j])
-    return functools.partial(MaxViTBlock, nn.FrozenDict(made), stride=1 if j else 2)
+    made = []
+    for k, letter in enumerate(layouts[i]):
+      again = layouts[i][:k].count(letter)
+      layer = functools.partial(kinds[letter], dim=dims[i], drop_path=rates[i][j])
+      made.append((LAYERS[letter] + (str(again) if again else ''), layer))
+    return functools.partial(MaxViTBlock, tuple(made), stride=1 if j else 2)
 
   rates = drop_path_rates(drop_path, depths)
   backbone = functools.partial(
@@ -178,7 +178,7 @@ def build(
       (stem_dim, stem_dim),
       use_bias=True,
       activation=activation,
-      conv=layer,
+      conv=convolution,
       norm=batch_norm,
     ),
     stages=[[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
