@@ -75,6 +75,7 @@ TINY = {
     image_size=64,
   ),
   'levit_128s': dict(dims=(16, 24), depths=(1, 1), num_heads=(2, 3), head_dim=4, image_size=64),
+  'mvitv2_tiny': dict(depths=(1, 1, 1), dim=8, num_heads=1, image_size=32),
   'swin_tiny': dict(depths=(2, 2), dim=8, num_heads=(1, 2), window=3, image_size=32),
   'convnext_tiny': dict(depths=(1, 1), dims=(8, 16), image_size=32),
   'coatnet_7': dict(

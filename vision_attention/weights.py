@@ -14,15 +14,15 @@ from safetensors import SafetensorError
 from vision_attention import torch_file
 
 State = dict[str, np.ndarray]
-_NESTED = ('model', 'state_dict', 'model_state_dict')
+_NESTED = ('model', 'state_dict', 'model_state_dict', 'model_state')
 
 
 def read(path: str | os.PathLike) -> State:
   """Reads a weight file.
 
   Args:
-    path: a .safetensors, .npz, .pth, .pt or .bin file. In PyTorch's formats the state dict may lie
-      under `model` or `state_dict`, and its keys may begin with `module.`.
+    path: a .safetensors, .npz, .pth, .pyth, .pt or .bin file. In PyTorch's formats the state dict
+      may lie under `model` or `state_dict`, and its keys may begin with `module.`.
 
   Returns:
     Arrays by name; 16-bit floats as float32, all other types as they are.
@@ -40,10 +40,10 @@ def read(path: str | os.PathLike) -> State:
     elif path.suffix == '.npz':
       with np.load(path, allow_pickle=False) as file:
         state = {key: file[key] for key in file.files}
-    elif path.suffix in ('.pth', '.pt', '.bin', '.tar'):
+    elif path.suffix in ('.pth', '.pt', '.bin', '.tar', '.pyth'):
       state = _state_dict(torch_file.load(path), path)
     else:
-      raise ValueError('its ending is not .safetensors, .npz, .pth, .pt, .bin or .tar')
+      raise ValueError('its ending is not .safetensors, .npz, .pth, .pyth, .pt, .bin or .tar')
   except (ValueError, EOFError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
     raise ValueError(f'cannot read weights from {path}: {error}') from error
   return {key: _widened(value) for key, value in state.items()}

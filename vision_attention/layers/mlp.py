@@ -9,12 +9,13 @@ from vision_attention.ops import activation
 
 
 class Mlp(nn.Module):
-  """`Dense(hidden_dim) -> activation -> Dense(input width)` with biases, on the last axis.
+  """`Dense(hidden_dim) -> activation -> Dense(out_dim)` with biases, on the last axis.
 
   Attributes:
     hidden_dim: width between the layers.
     activation: a name of `ops.activation`.
     dropout: rate after the activation and after the second layer.
+    out_dim: width of the result; the input's unless given.
   """
 
   hidden_dim: int
@@ -22,11 +23,12 @@ class Mlp(nn.Module):
   dropout: float = 0.0
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
   bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  out_dim: int | None = None
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, '*b c'], *, train: bool) -> Float[Array, '*b c']:
+  def __call__(self, x: Float[Array, '*b c'], *, train: bool) -> Float[Array, '*b d']:
     def dense(dim: int, name: str) -> nn.Dense:
       return nn.Dense(
         dim,
@@ -39,4 +41,4 @@ class Mlp(nn.Module):
 
     drop = nn.Dropout(self.dropout, deterministic=not train)
     y = activation.by_name(self.activation)(dense(self.hidden_dim, 'expand')(x))
-    return drop(dense(x.shape[-1], 'project')(drop(y)))
+    return drop(dense(self.out_dim or x.shape[-1], 'project')(drop(y)))
