@@ -34,16 +34,29 @@ logger = logging.getLogger('vision_attention')
 PREEMPTED = 143  # 128 + SIGTERM
 
 
+def _load(name: str, where: Any, **options: Any) -> Any:
+  """Loads variables from `where.path`, a weight file of `where.source` or one of ours."""
+  if where.source:
+    return convert.load_reference(name, where.path, source=where.source, **options)
+  return checkpoint.load_variables(where.path)
+
+
+def _teacher_variables(plan: planning.Plan) -> Any:
+  """The weights of the teacher on every device, or None without one."""
+  if plan.teacher is None:
+    return None
+  teacher = plan.config.teacher
+  variables = _load(teacher.name, teacher, image_size=plan.config.image_size)
+  return jax.device_put(variables, sharding.shardings(variables, plan.mesh))
+
+
 def _start(plan: planning.Plan) -> tuple[state.TrainState, state.Window]:
   """Makes the state before the first step: fresh, or from the variables of `config.init`."""
   fresh, window = jax.jit(plan.init, out_shardings=plan.places)()
   config = plan.config
   if not config.init.path:
     return fresh, window
-  if config.init.source:
-    loaded = convert.load_reference(config.model.name, config.init.path, source=config.init.source)
-  else:
-    loaded = checkpoint.load_variables(config.init.path)
+  loaded = _load(config.model.name, config.init)
   init = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
   init = multihost_utils.process_allgather({k: v for k, v in init.items() if v}, tiled=True)
   variables, report = transfer.transfer(
@@ -184,11 +197,18 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
   )
   train_step = jax.jit(
     state.make_train_step(
-      plan.model.apply, plan.optimizer, config, config.data.num_classes, plan.class_weights
+      plan.model.apply,
+      plan.optimizer,
+      config,
+      config.data.num_classes,
+      plan.class_weights,
+      outputs=plan.model.outputs,
+      teacher=plan.teacher and plan.teacher.apply,
     ),
     donate_argnums=0,
     out_shardings=plan.places,
   )
+  teacher = _teacher_variables(plan)
   evaluator = _Evaluator(plan)
   writer = metrics.Writer(workdir, start, jax.process_index() == 0)
   clock = metrics.Clock(start, total, config.batch_size, plan.mesh.size)
@@ -249,7 +269,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     began = time.monotonic()
     batch = _to_devices(plan.mesh, next(batches))
     clock.wait(time.monotonic() - began)
-    now, window = train_step(now, window, batch)
+    now, window = train_step(now, window, batch, teacher)
     running.append(window.loss)
     if len(running) > 2:
       # Two steps in flight keep the devices busy; more would only pile up batches.

@@ -94,7 +94,8 @@ def local(config: ml_collections.ConfigDict, data: str = 'digits', *, size: int 
   config.schedule.warmup = '3 epochs'
   config.eval.every = '10 epochs'
   if config.data.name == 'fashion_mnist':
-    config.data.train_ops = (*config.data.train_ops, 'flip()')
+    # Few epochs and images that are centred already: no crops.
+    config.data.train_ops = (resize, 'flip()')
     config.batch_size = 128
     config.total = '6 epochs'
     config.schedule.warmup = '200 steps'
@@ -184,6 +185,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.num_train = 0
   config.data.train_ops = ('random_resized_crop({size}, area=(0.05, 1.0))', 'flip()')
   config.data.eval_ops = ('center_crop({size})',)
+  config.data.repeats = 1  # augmented copies of an image in a row; an epoch stays as long
   config.data.mean = (0.485, 0.456, 0.406)
   config.data.std = (0.229, 0.224, 0.225)
   config.data.on_corrupt = 'raise'  # or 'skip': count it and take the next
@@ -197,11 +199,29 @@ def get_config() -> ml_collections.ConfigDict:
   config.mixing.prob = 1.0
   config.mixing.switch_prob = 0.5
 
+  config.erasing = ml_collections.ConfigDict()
+  config.erasing.prob = 0.0
+  config.erasing.mode = 'pixel'  # or 'color', 'zero'
+  config.erasing.after_mixing = True  # timm's loader; DeiT's comes before
+
   config.loss = ml_collections.ConfigDict()
   config.loss.kind = 'softmax'
   config.loss.label_smoothing = 0.0
   config.loss.class_weights = 'none'  # or 'inverse': by the number of training images of a class
   config.loss.focal_gamma = 0.0  # arXiv 1708.02002
+
+  config.teacher = ml_collections.ConfigDict()
+  config.teacher.name = ''  # of a model
+  config.teacher.path = ''  # a run, a checkpoint or a weight file
+  config.teacher.source = ''  # whose weight file; ours if empty
+  config.teacher.options = ml_collections.ConfigDict()
+  config.distill = ml_collections.ConfigDict()
+  config.distill.kind = 'none'  # or 'hard', 'soft'
+  config.distill.weight = 0.5  # of the teacher's loss, the labels' having the rest
+  config.distill.temperature = 3.0  # of 'soft'
+  config.tokens = ml_collections.ConfigDict()
+  config.tokens.weight = 0.0  # of the loss of every token's label, beside the image's
+  config.tokens.labels = 'image'  # or 'teacher'
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = 'adamw'
@@ -222,7 +242,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.schedule = ml_collections.ConfigDict()
   config.schedule.kind = 'cosine'
   config.schedule.warmup = '0 steps'
+  config.schedule.warmup_init = 0.0  # relative to the peak
+  config.schedule.warmup_prefix = True  # False: the decay counts from the first step
   config.schedule.final = 0.0  # relative to the peak
+  config.schedule.hold = '0 steps'  # at the end, at the final rate
+  config.schedule.every = '0 steps'  # how long a rate stays: '1 epochs' to move by epochs
   config.schedule.boundaries = ()
   config.schedule.factor = 0.1
   config.schedule.timescale = 10_000

@@ -31,6 +31,7 @@ def _config(data_dir, **changes):
     'eval_split': 'test',
     'train_ops': ('resize(16)', 'pad_crop(2)', 'rand_augment(2, 9)'),
     'eval_ops': ('resize(16)',),
+    'repeats': 1,
     'on_corrupt': 'raise',
     'num_threads': 2,
     'num_workers': 0,
@@ -112,6 +113,24 @@ def test_batches_are_a_function_of_the_step_and_of_no_number_of_processes(data_d
   assert np.bincount(np.concatenate([b['label'] for b in whole[:180]])).min() > 130
 
 
+def test_repeats_are_copies_in_a_row_with_augmentations_of_their_own(data_dir):
+  plain = _config(data_dir, train_ops=('resize(8)',), repeats=3)
+  first = next(pipeline.train_batches(plain, seed=0, batch_size=12, start_step=0))
+  groups = first['image'].reshape(4, 3, -1)
+  assert (groups == groups[:, :1]).all()
+  assert len(np.unique(groups[:, 0], axis=0)) == 4
+  # A pass of 1442 examples sees 481 images; the next one begins another order.
+  steps = 1442 // 12 + 2
+  batches = pipeline.train_batches(plain, seed=0, batch_size=12, start_step=steps - 3)
+  later = [next(batches) for _ in range(3)]
+  ahead = next(pipeline.train_batches(plain, seed=0, batch_size=12, start_step=steps - 1))
+  np.testing.assert_array_equal(later[2]['image'], ahead['image'])
+  augmented = _config(data_dir, train_ops=('resize(8)', 'pad_crop(2)'), repeats=3)
+  copies = next(pipeline.train_batches(augmented, seed=0, batch_size=12, start_step=0))['image']
+  copies = copies.reshape(4, 3, -1)
+  assert (copies != copies[:, :1]).any()
+
+
 def test_evaluation_counts_every_example_once(data_dir):
   whole = []
   for count in (1, 3):
@@ -171,6 +190,22 @@ def test_operations_are_parsed_and_refused_by_name():
   ):
     with pytest.raises(ValueError, match=message):
       preprocessing.compose([text])
+
+
+def test_three_augment_does_one_of_three():
+  """Greyscale, solarized at 128, or blurred: each about as often."""
+  image = Image.open(io.BytesIO(_photo(kind='PNG'))).convert('RGB')
+  pixels = np.asarray(image)
+  grey = np.asarray(image.convert('L'))[..., None].repeat(3, -1)
+  solar = np.where(pixels < 128, pixels, 255 - pixels)
+  rng, kinds = np.random.default_rng(0), []
+  for _ in range(60):
+    found = np.asarray(preprocessing.three_augment()(image, rng))
+    same = [(found == grey).all(), (found == solar).all()]
+    kinds.append(same.index(True) if any(same) else 2)
+    if not any(same):
+      assert found.std() <= pixels.std()
+  assert min(kinds.count(kind) for kind in range(3)) >= 10
 
 
 def test_center_crop_takes_the_middle():

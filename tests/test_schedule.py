@@ -79,6 +79,24 @@ def test_rsqrt_with_cooldown():
   assert float(factor(1000)) == 0.0
 
 
+def test_timms_schedule_moves_by_epochs_beneath_its_warm_up_and_holds_at_the_end():
+  factor = _factor(
+    warmup='20 epochs',
+    warmup_init=0.1,
+    warmup_prefix=False,
+    final=0.01,
+    hold='10 epochs',
+    every='1 epochs',
+  )
+  assert float(factor(0)) == float(factor(9)) == pytest.approx(0.1)
+  assert float(factor(105)) == pytest.approx(0.1 + 0.9 * 10 / 20)
+  # 100 epochs in all, of which the cosine has 90, counted from the first.
+  cosine = lambda epoch: 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * epoch / 90))
+  assert float(factor(459)) == pytest.approx(cosine(45))
+  assert float(factor(200)) == pytest.approx(cosine(20))
+  assert float(factor(900)) == float(factor(999)) == pytest.approx(0.01)
+
+
 @given(
   kind=st.sampled_from(schedule.KINDS),
   warmup=st.integers(0, TOTAL - 1),
@@ -94,3 +112,5 @@ def test_refusals():
     _factor(kind='cosin')
   with pytest.raises(ValueError, match='warm-up of 1000 steps leaves none of the 1000'):
     _factor(warmup='1000 steps')
+  with pytest.raises(ValueError, match='hold of 900 steps leave none'):
+    _factor(warmup='100 steps', hold='900 steps')

@@ -12,11 +12,21 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 
 from vision_attention import checkpoint, convert, errors, macs
 from vision_attention.data import pipeline
 from vision_attention.models import base, registry
-from vision_attention.training import losses, optimizer, per_class, schedule, sharding, state
+from vision_attention.training import (
+  erasing,
+  losses,
+  objective,
+  optimizer,
+  per_class,
+  schedule,
+  sharding,
+  state,
+)
 
 DTYPES = ('float32', 'bfloat16')
 # Config keys that do not change what is computed, so that a run may go on with other values.
@@ -40,6 +50,7 @@ class Plan:
   init: Callable[[], tuple[state.TrainState, state.Window]]
   shapes: tuple[Any, Any]
   places: tuple[Any, Any]
+  teacher: base.Classifier | None
 
 
 def prepare(config: Any, *, with_data: bool = True) -> Plan:
@@ -97,6 +108,8 @@ def prepare(config: Any, *, with_data: bool = True) -> Plan:
   factor = schedule.relative(config.schedule, total=total, to_steps=to_steps)
 
   model = checkpoint.create_model(config)
+  objective.check(config, model.outputs)
+  teacher = _teacher(config, with_data)
   info = registry.create_model(config.model.name, image_size=config.image_size)[1]
   variables = convert.abstract_variables(model, info)
   tx = optimizer.make(config.optimizer, factor, variables['params'])
@@ -112,8 +125,40 @@ def prepare(config: Any, *, with_data: bool = True) -> Plan:
     sharding.shardings(shapes[1], mesh),
   )
   return Plan(
-    config.lock(), model, info, mesh, total, factor, weights, tx, every, init, shapes, places
+    config.lock(),
+    model,
+    info,
+    mesh,
+    total,
+    factor,
+    weights,
+    tx,
+    every,
+    init,
+    shapes,
+    places,
+    teacher,
   )
+
+
+def _teacher(config: Any, with_data: bool) -> base.Classifier | None:
+  """The model that the config's losses learn from, whose weights are there if the data are."""
+  teacher = config.teacher
+  if not teacher.name:
+    return None
+  if with_data and not epath.Path(teacher.path).exists():
+    raise FileNotFoundError(
+      f'config.teacher.path {teacher.path!r} does not exist: give a run, a checkpoint or a weight '
+      'file of the teacher'
+    )
+  return registry.create_model(
+    teacher.name,
+    num_classes=config.data.num_classes,
+    image_size=config.image_size,
+    dtype=jnp.dtype(config.model.dtype),
+    source=teacher.source or None,
+    **teacher.options,
+  )[0]
 
 
 def _check_values(config: Any) -> None:
@@ -128,12 +173,28 @@ def _check_values(config: Any) -> None:
   errors.check_choice('config.eval.best_by', config.eval.best_by, best)
   errors.check_choice('config.model.dtype', config.model.dtype, DTYPES)
   errors.check_choice('config.optimizer.momentum_dtype', config.optimizer.momentum_dtype, DTYPES)
+  errors.check_choice('config.erasing.mode', config.erasing.mode, erasing.MODES)
+  mixing = config.mixing
+  if (
+    config.model.options.get('mix_token')
+    and mixing.prob
+    and (mixing.mixup_alpha or mixing.cutmix_alpha)
+  ):
+    raise ValueError(
+      'the model mixes tokens already: set config.mixing.prob to 0, or mix_token to 0'
+    )
   for key, value, low, high in (
     ('accumulate', config.accumulate, 1, math.inf),
     ('ema.decay', config.ema.decay, 0, 1),
     ('loss.label_smoothing', config.loss.label_smoothing, 0, 1),
     ('loss.focal_gamma', config.loss.focal_gamma, 0, math.inf),
     ('mixing.prob', config.mixing.prob, 0, 1),
+    ('erasing.prob', config.erasing.prob, 0, 1),
+    ('distill.weight', config.distill.weight, 0, 1),
+    ('distill.temperature', config.distill.temperature, 1e-3, math.inf),
+    ('tokens.weight', config.tokens.weight, 0, math.inf),
+    ('data.repeats', config.data.repeats, 1, math.inf),
+    ('schedule.warmup_init', config.schedule.warmup_init, 0, 1),
     ('optimizer.learning_rate', config.optimizer.learning_rate, 0, math.inf),
     ('optimizer.weight_decay', config.optimizer.weight_decay, 0, math.inf),
     ('checkpoint.keep_latest', config.checkpoint.keep_latest, 1, math.inf),

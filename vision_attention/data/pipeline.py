@@ -6,8 +6,8 @@ augment each with a generator seeded by (seed, position), deal the positions out
 batch. What a checkpoint must remember of the input is the step.
 
 Reads of `config.data`: `name`, `data_dir`, `train_split`, `eval_split`, `train_ops`, `eval_ops`
-(see `data.preprocessing`), `on_corrupt` (`raise` or `skip`), `num_threads`, `num_workers`,
-`prefetch`.
+(see `data.preprocessing`), `repeats` (augmented copies of an image in a row), `on_corrupt`
+(`raise` or `skip`), `num_threads`, `num_workers`, `prefetch`.
 """
 
 import dataclasses
@@ -83,6 +83,27 @@ class Decoded:
     raise ValueError(f'{_MAX_SKIPS} records from {record.name} on are corrupt: is this the data?')
 
 
+class _Repeated(grain.MapDataset):
+  """Every example some times in a row; a pass stays as long, and sees the fewer examples.
+
+  A pass over `n` examples takes the first `n / repeats` of the parent's order (arXiv 1901.09335, as
+  DeiT samples), the next pass those of the parent's next order.
+  """
+
+  def __init__(self, parent: grain.MapDataset, repeats: int, size: int):
+    super().__init__(parent)
+    self._repeats, self._size = repeats, size
+
+  def __len__(self) -> int:
+    return len(self._parents[0])
+
+  def __getitem__(self, index: int | slice) -> Any:
+    if isinstance(index, slice):
+      return self.slice(index)
+    turn, place = divmod(index, self._size)
+    return self._parents[0][turn * self._size + place // self._repeats]
+
+
 class _Augment(grain.transforms.RandomMap):
   """Applies the operations of the config to an example's image."""
 
@@ -120,13 +141,13 @@ def train_batches(
     raise ValueError(f'batch_size {batch_size} is not a multiple of {process_count} processes')
   records = source.Source(config.name, config.train_split, config.data_dir or None)
   dataset = (
-    grain.MapDataset.source(Decoded(records, config.on_corrupt))
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    .random_map(_Augment(config.train_ops))[process_index::process_count]
-    .batch(batch_size // process_count, drop_remainder=True)[start_step:]
+    grain.MapDataset.source(Decoded(records, config.on_corrupt)).seed(seed).shuffle().repeat()
   )
+  if config.repeats > 1:
+    dataset = _Repeated(dataset, config.repeats, len(records))
+  dataset = dataset.random_map(_Augment(config.train_ops))[process_index::process_count].batch(
+    batch_size // process_count, drop_remainder=True
+  )[start_step:]
   options = grain.ReadOptions(
     num_threads=config.num_threads, prefetch_buffer_size=max(config.prefetch, config.num_threads)
   )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 
 from vision_attention import errors
 from vision_attention.data import color, randaugment
@@ -73,12 +73,15 @@ def random_resized_crop(
     size: height and width of the result, or one number for both.
     area: range of the crop's share of the image.
     ratio: range of width / height, uniform in the logarithm.
-    interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`, with antialiasing.
+    interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`, with antialiasing; `random` for
+      bilinear or bicubic (timm's default for training).
   """
   height, width = _pair(size)
-  resample = _filter(interpolation)
+  names = ('bilinear', 'bicubic') if interpolation == 'random' else (interpolation,)
+  filters = [_filter(name) for name in names]
 
   def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    resample = filters[rng.integers(2)] if len(filters) == 2 else filters[0]
     whole_w, whole_h = image.size
     for _ in range(10):
       target = whole_w * whole_h * rng.uniform(area[0], area[1])
@@ -176,6 +179,24 @@ def color_jitter(
   return color.jitter(brightness, contrast, saturation, hue)
 
 
+def three_augment() -> Op:
+  """One of greyscale, solarization and Gaussian blur, each as likely (arXiv 2204.07118, figure 3).
+
+  Solarization inverts pixels of 128 and more; the blur's radius is uniform in [0.1, 2]. The paper
+  goes on with `color_jitter(0.3, 0.3, 0.3)`.
+  """
+
+  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    which = rng.integers(3)
+    if which == 0:
+      return image.convert('L').convert('RGB')
+    if which == 1:
+      return ImageOps.solarize(image, 128)
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+
+  return apply
+
+
 def rand_augment(
   layers: int,
   magnitude: float,
@@ -217,6 +238,7 @@ _OPS = {
     flip_vertical,
     rot90,
     color_jitter,
+    three_augment,
     rand_augment,
   )
 }

@@ -100,20 +100,44 @@ class Classifier(nn.Module):
     """Returns the backbone's features by name: `stage1` ... and what the head reads."""
     return self.backbone(jnp.asarray(images), train=train)
 
-  def both_logits(
-    self, images: Float[Array, 'b h w c'], *, train: bool = False
-  ) -> dict[str, Float[Array, 'b k']]:
-    """Returns the logits of a head with two classifiers, by name: `classifier`, `distilled`.
+  @property
+  def outputs(self) -> tuple[str, ...]:
+    """Names of the outputs of a head that has several, beside what `named_logits` says of them.
 
-    The second is trained on a teacher's answers; `__call__` gives the mean. Called as
-    `model.apply(variables, images, train=True, method='both_logits')`.
+    `classifier` and `distilled` (LeViT, DeiT: the second learns from a teacher), or `classifier`
+    and `tokens` (VOLO); none for a head with one.
+    """
+    return tuple(getattr(self.parts.head(), 'outputs', ()))
+
+  def named_logits(
+    self, images: Float[Array, 'b h w c'], *, train: bool = False
+  ) -> dict[str, Float[Array, 'b ...']]:
+    """Returns the logits of a head with several outputs, by name; `__call__` combines them.
+
+    Called as `model.apply(variables, images, train=True, method='named_logits')`.
 
     Raises:
-      ValueError: if the model has one classifier.
+      ValueError: if the model has one output.
     """
-    if not getattr(self.head, 'distillation', False):
-      raise ValueError('the model has one classifier: create one that takes distillation=True')
-    return self.head(self.features(images, train=train), train=train, both=True)
+    if not getattr(self.head, 'outputs', ()):
+      raise ValueError('the model has one output: its logits are those of the plain call')
+    return self.head(self.features(images, train=train), train=train, named=True)
+
+  def dense_logits(self, images: Float[Array, 'b h w c']) -> Float[Array, 'b h w k']:
+    """Returns the logits at every place of the last map: the head on it, without the mean.
+
+    Raises:
+      ValueError: if the head does not read a map by its mean.
+    """
+    features, name = self.features(images), getattr(self.head, 'feature', '')
+    if getattr(self.head, 'pool', '') != 'gap' or features[name].ndim != 4:
+      raise ValueError(
+        'logits of places are those of a head that takes the mean over a map: a convolutional '
+        "network, or pool='gap'"
+      )
+    batch, height, width, channels = features[name].shape
+    places = features[name].reshape(-1, 1, 1, channels)
+    return self.head({name: places}, train=False).reshape(batch, height, width, -1)
 
 
 def check_image_size(images: Float[Array, 'b h w c'], expected: tuple[int, int]) -> None:

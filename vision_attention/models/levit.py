@@ -122,7 +122,7 @@ class Levit(nn.Module):
 class Head(nn.Module):
   """The mean over the map, then one classifier, or the mean of two (section 4.2).
 
-  The second classifier learns from a teacher: `both` gives the logits of either.
+  The second classifier learns from a teacher: `named` gives the logits of either.
 
   Attributes:
     num_classes: outputs; 0 gives the mean over the map.
@@ -137,20 +137,24 @@ class Head(nn.Module):
   layer: ModuleDef
   dtype: DTypeLike = jnp.float32
 
+  @property
+  def outputs(self) -> tuple[str, ...]:
+    """Names of the logits that `named` gives; none with one classifier."""
+    return ('classifier', 'distilled') if self.distillation and self.num_classes else ()
+
   @nn.compact
   def __call__(
-    self, features: Mapping[str, Float[Array, 'b ...']], *, train: bool, both: bool = False
+    self, features: Mapping[str, Float[Array, 'b ...']], *, train: bool, named: bool = False
   ) -> Any:
-    """Returns float32 logits, or a dict of them by name where `both` is asked for."""
+    """Returns float32 logits: their mean, or a dict of both where `named` is asked for."""
     x = features[self.feature].astype(jnp.float32).mean((1, 2)).astype(self.dtype)
     if not self.num_classes:
       return x.astype(jnp.float32)
-    names = ('classifier', 'distilled') if self.distillation else ('classifier',)
     logits = {}
-    for name in names:
+    for name in self.outputs or ('classifier',):
       y = self.layer(self.num_classes, name=name)(x, train=train)
       logits[name] = y.astype(jnp.float32)
-    return logits if both else sum(logits.values()) / len(logits)
+    return logits if named else sum(logits.values()) / len(logits)
 
 
 def build(

@@ -153,7 +153,7 @@ class Volo(nn.Module):
 class TokenHead(nn.Module):
   """`classifier(cls) + 1/2 max over tokens of aux_classifier(token)`, per class.
 
-  For training with labels of tokens, `both` gives the summands apart:
+  For training with labels of tokens, `named` gives the summands apart:
 
     classifier: logits of the class token, `[b, k]`.
     tokens: logits of all others, `[b, h, w, k]`, where tokens were mixed put back to the image that
@@ -175,11 +175,16 @@ class TokenHead(nn.Module):
   layer: ModuleDef
   dtype: DTypeLike = jnp.float32
 
+  @property
+  def outputs(self) -> tuple[str, ...]:
+    """Names of the classifiers, where tokens have one too."""
+    return ('classifier', 'tokens') if self.aux_head and self.num_classes else ()
+
   @nn.compact
   def __call__(
-    self, features: Mapping[str, Float[Array, 'b ...']], *, train: bool, both: bool = False
+    self, features: Mapping[str, Float[Array, 'b ...']], *, train: bool, named: bool = False
   ) -> Any:
-    """Returns float32 logits, or a dict of what they are made of where `both` is asked for."""
+    """Returns float32 logits, or a dict of what they are made of where `named` is asked for."""
     tokens = features[self.feature]
     if self.pool == 'cls':
       x = features['cls']
@@ -192,15 +197,13 @@ class TokenHead(nn.Module):
       return x.astype(jnp.float32)
     logits = self.layer(self.num_classes, name='classifier')(x).astype(jnp.float32)
     if not self.aux_head:
-      if both:
-        raise ValueError('the model has one classifier: create it with aux_head=True')
       return logits
     aux = self.layer(self.num_classes, name='aux_classifier')(tokens).astype(jnp.float32)
-    if not both:
+    if not named:
       if 'mixed' in features:
         raise ValueError(
           'mix_token mixes images, and so their labels: train with the logits of tokens '
-          '(both=True), or create the model with mix_token=0'
+          '(`named_logits`), or create the model with mix_token=0'
         )
       return logits + 0.5 * aux.max((1, 2))
     share = jnp.ones(len(x))

@@ -59,6 +59,11 @@ def _focal(log_prob: Array, targets: Array, gamma: float) -> Array:
   return terms
 
 
+def entropy(distribution: Float[Array, 'b k']) -> Float[Array, 'b']:
+  """Returns `-sum p log p` of each example, with `0 log 0 = 0`."""
+  return jax.scipy.special.entr(distribution).sum(-1)
+
+
 def class_weights(kind: str, counts: Sequence[int] | np.ndarray) -> np.ndarray | None:
   """Returns the weights of the classes for training images counted by class, or None for `none`.
 

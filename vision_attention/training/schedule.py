@@ -39,9 +39,13 @@ def steps(duration: str, *, num_examples: int, batch_size: int) -> int:
 def relative(config: Any, *, total: int, to_steps: Callable[[str], int]) -> Callable:
   """Returns step -> factor on the peak learning rate.
 
-  Reads of `config.schedule`: `kind`; `warmup`, a duration of linear growth from 0; `final`, the
-  factor at the end (`cosine`, `linear`); `boundaries`, durations, with `factor` (`step`);
-  `timescale` in steps and `cooldown`, a duration of linear decay to 0 (`rsqrt`, arXiv 2106.04560).
+  Reads of `config.schedule`: `kind`; `warmup`, a duration of linear growth from `warmup_init`;
+  `warmup_prefix`, whether the decay begins after it or runs beneath it from the first step (timm's
+  default); `final`, the factor at the end (`cosine`, `linear`); `hold`, a duration at the end that
+  stays there (timm's cooldown); `boundaries`, durations, with `factor` (`step`); `timescale` in
+  steps and `cooldown`, a duration of linear decay to 0 (`rsqrt`, arXiv 2106.04560); `every`, a
+  duration through which the factor stays what it was at its start (`1 epochs` for schedules that
+  move by epochs; of no length: by steps).
 
   Args:
     config: `config.schedule`.
@@ -55,12 +59,19 @@ def relative(config: Any, *, total: int, to_steps: Callable[[str], int]) -> Call
   warmup = to_steps(config.warmup)
   if warmup >= total:
     raise ValueError(f'the warm-up of {warmup} steps leaves none of the {total} steps of the run')
+  hold, every = to_steps(config.hold), to_steps(config.every)
+  begin = warmup if config.warmup_prefix else 0
+  if begin + hold >= total:
+    raise ValueError(
+      f'the warm-up of {begin} and the hold of {hold} steps leave none of the {total} steps between'
+    )
   boundaries: Sequence[int] = [to_steps(duration) for duration in config.boundaries]
   cooldown = to_steps(config.cooldown)
 
   def factor(step: Any) -> jax.Array:
     step = jnp.asarray(step, jnp.float32)
-    done = jnp.clip((step - warmup) / (total - warmup), 0.0, 1.0)
+    step = step // every * every if every else step
+    done = jnp.clip((step - begin) / (total - hold - begin), 0.0, 1.0)
     if config.kind == 'constant':
       value = jnp.ones(())
     elif config.kind == 'cosine':
@@ -76,6 +87,11 @@ def relative(config: Any, *, total: int, to_steps: Callable[[str], int]) -> Call
       value = jnp.minimum(value, 1.0)
       if cooldown:
         value = value * jnp.clip((total - step) / cooldown, 0.0, 1.0)
-    return value * jnp.minimum(1.0, step / warmup) if warmup else value
+    if not warmup:
+      return value
+    grown = config.warmup_init + (1 - config.warmup_init) * step / warmup
+    if config.warmup_prefix:
+      return value * jnp.minimum(1.0, grown)
+    return jnp.where(step < warmup, grown, value)
 
   return factor

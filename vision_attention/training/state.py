@@ -1,7 +1,7 @@
 """The state of a run, and one training step as a pure function of state, batch and seed."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.struct
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vision_attention.training import losses, mixing
+from vision_attention.training import erasing, losses, mixing, objective
 
 
 @flax.struct.dataclass
@@ -72,7 +72,10 @@ def make_train_step(
   config: Any,
   num_classes: int,
   class_weights: np.ndarray | None = None,
-) -> Callable[[TrainState, Window, Any], tuple[TrainState, Window]]:
+  *,
+  outputs: Collection[str] = (),
+  teacher: Callable[..., Any] | None = None,
+) -> Callable[..., tuple[TrainState, Window]]:
   """Makes the training step.
 
   Randomness is derived from `(config.seed, step)` alone: the step is a function of its arguments.
@@ -83,31 +86,22 @@ def make_train_step(
     config: the whole config.
     num_classes: of the data set.
     class_weights: of the loss, `[num_classes]`; None weighs all classes alike.
+    outputs: of a model with several, see `Classifier.outputs`.
+    teacher: `model.apply` of what the config's losses learn from, if anything.
 
   Returns:
-    `(state, window, batch) -> (state, window)`; the batch is `image` uint8 `[b, h, w, c]`, `label`
-    int32 `[b]`, `corrupt` int32 `[b]`.
+    `(state, window, batch[, teacher variables]) -> (state, window)`; the batch is `image` uint8
+    `[b, h, w, c]`, `label` int32 `[b]`, `corrupt` int32 `[b]`.
   """
-  loss_kind, accumulate = config.loss.kind, config.accumulate
-  loss_fn = functools.partial(
-    losses.classification,
-    kind=loss_kind,
-    class_weights=None if class_weights is None else jnp.asarray(class_weights, jnp.float32),
-    focal_gamma=config.loss.focal_gamma,
-  )
+  accumulate = config.accumulate
+  grad_of = jax.value_and_grad(objective.make(apply, config, outputs, class_weights), has_aux=True)
 
-  def loss_of(params, batch_stats, images, targets, key):
-    logits, changed = apply(
-      {'params': params, 'batch_stats': batch_stats},
-      images,
-      train=True,
-      rngs={'dropout': key},
-      mutable=['batch_stats'],
-    )
-    loss = loss_fn(logits, targets).mean()
-    return loss, changed.get('batch_stats', batch_stats)
-
-  grad_of = jax.value_and_grad(loss_of, has_aux=True)
+  def token_grid(state: TrainState, images: jax.Array) -> tuple[int, int] | None:
+    if not config.tokens.weight or config.tokens.labels != 'teacher':
+      return None
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    found = jax.eval_shape(functools.partial(apply, method='named_logits'), variables, images)
+    return found['tokens'].shape[1:3]
 
   def gradients(params, batch_stats, images, targets, key):
     if accumulate == 1:
@@ -126,25 +120,43 @@ def make_train_step(
       return (stats, loss_sum + loss, jax.tree.map(jnp.add, grad_sum, grads)), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    micro = (jnp.arange(accumulate), split(images), split(targets))
+    micro = (jnp.arange(accumulate), split(images), jax.tree.map(split, targets))
     (stats, loss, grads), _ = jax.lax.scan(body, (batch_stats, jnp.zeros(()), zeros), micro)
     return (loss / accumulate, stats), jax.tree.map(lambda g: g / accumulate, grads)
 
-  def train_step(state: TrainState, window: Window, batch: Any) -> tuple[TrainState, Window]:
-    key_mix, key_model = jax.random.split(
-      jax.random.fold_in(jax.random.key(config.seed), state.step)
-    )
+  def augmented(key: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+    key_mix, key_erase = jax.random.split(key)
     images = mixing.normalize(batch['image'], config.data.mean, config.data.std)
-    targets = losses.smooth(batch['label'], num_classes, config.loss.label_smoothing, loss_kind)
-    images, targets = mixing.mix(
+    kind, smoothing = config.loss.kind, config.loss.label_smoothing
+    labels = losses.smooth(batch['label'], num_classes, smoothing, kind)
+    erase = functools.partial(
+      erasing.erase, key_erase, prob=config.erasing.prob, mode=config.erasing.mode
+    )
+    if not config.erasing.after_mixing:
+      images = erase(images)
+    images, labels = mixing.mix(
       key_mix,
       images,
-      targets,
+      labels,
       mixup_alpha=config.mixing.mixup_alpha,
       cutmix_alpha=config.mixing.cutmix_alpha,
       prob=config.mixing.prob,
       switch_prob=config.mixing.switch_prob,
     )
+    return (erase(images) if config.erasing.after_mixing else images), labels
+
+  def train_step(
+    state: TrainState, window: Window, batch: Any, teacher_variables: Any = None
+  ) -> tuple[TrainState, Window]:
+    key_mix, key_model = jax.random.split(
+      jax.random.fold_in(jax.random.key(config.seed), state.step)
+    )
+    images, labels = augmented(key_mix, batch)
+    targets = {'labels': labels}
+    if teacher is not None:
+      targets |= objective.teacher_targets(
+        teacher, teacher_variables, images, config, grid=token_grid(state, images)
+      )
     (loss, batch_stats), grads = gradients(
       state.params, state.batch_stats, images, targets, key_model
     )
