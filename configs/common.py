@@ -105,8 +105,8 @@ def local(config: ml_collections.ConfigDict, data: str = 'digits', *, size: int 
 def deit_augmentation(config: ml_collections.ConfigDict) -> None:
   """Sets the augmentation of DeiT (arXiv 2012.12877, Table 9), which many later recipes share.
 
-  Crops, flips, RandAugment in timm's form `rand-m9-mstd0.5-inc1`, mixup, CutMix and smoothed
-  labels; without its random erasing (0.25, by pixels), which the input pipeline does not have.
+  Crops, flips, RandAugment in timm's form `rand-m9-mstd0.5-inc1`, mixup, CutMix, random erasing and
+  smoothed labels.
   """
   config.data.train_ops = (
     'random_resized_crop({size}, area=(0.08, 1.0))',
@@ -117,6 +117,7 @@ def deit_augmentation(config: ml_collections.ConfigDict) -> None:
   config.mixing.cutmix_alpha = 1.0
   config.mixing.prob = 1.0
   config.mixing.switch_prob = 0.5
+  config.erasing.prob = 0.25
   config.loss.label_smoothing = 0.1
 
 

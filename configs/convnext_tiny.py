@@ -14,8 +14,6 @@ Published top-1 of training on ImageNet-1k at 224 pixels for 300 epochs: ConvNeX
 84.1, -S 84.6 and 85.8, -B 85.8 and 86.8, -L 86.6 and 87.5, -XL 87.0 and 87.8. Cost: not published.
 The runs have not been repeated here. The published numbers are those of averaged weights.
 
-What differs from the original: no random erasing.
-
 `local` trains a small ConvNeXt on scikit-learn's digits, in a minute on two CPU cores, to at least
 90 % of the 355 test images.
 """

@@ -14,9 +14,6 @@ Published top-1 of training on ImageNet-1k at 224 pixels for 300 epochs: Swin-T 
 83.5, and -B with windows of 12 at 384 pixels 84.5. After ImageNet-22k: -T 80.9, -S 83.2, -B 85.2
 and 86.4 at 384, -L 86.3 and 87.3. Cost: not published. The runs have not been repeated here.
 
-What differs from the original: no random erasing; the warm-up begins at zero in place of a
-thousandth of the peak (fine-tuning, pre-training) or half of one (training).
-
 `local` trains a small Swin on scikit-learn's digits, in a minute on two CPU cores, to at least 90 %
 of the 355 test images.
 """
@@ -56,6 +53,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   # Neither biases nor norms nor tables of relative positions decay.
   config.optimizer.weight_decay_mask = ('/kernel$',)
   config.schedule.kind = 'cosine'
+  config.schedule.warmup_init = 1e-3
   config.schedule.final = 0.01
   config.eval.every = '5 epochs'
   if args.pretrained not in ('1k', '22k'):
