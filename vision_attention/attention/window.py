@@ -24,10 +24,12 @@ class PartitionAttention(nn.Module):
     dim: output width.
     num_heads: number of heads.
     head_dim: channels of a head; `dim / num_heads` unless given.
-    table_window: height and width of the part that the table is made for, or one number; that of
-      the part unless given. If given, a table of another size than the part's is interpolated in
-      the program, so that its gradient goes through (MaxViT's code when it fine-tunes).
+    interpolate: whether a table of another size than the part's is taken, and interpolated in the
+      program, so that its gradient goes through (MaxViT's code when it fine-tunes).
+    table_window: with `interpolate`, height and width of the part that a new table is made for, or
+      one number; those of the part unless given.
     qkv_bias: whether query, key and value have biases.
+    proj_bias: whether the output projection has one.
     dropout: rate after the output projection.
     table_init: of the table.
   """
@@ -36,8 +38,10 @@ class PartitionAttention(nn.Module):
   dim: int
   num_heads: int = 4
   head_dim: int | None = None
+  interpolate: bool = False
   table_window: int | Sequence[int] | None = None
   qkv_bias: bool = True
+  proj_bias: bool = True
   dropout: float = 0.0
   kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
   table_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
@@ -76,7 +80,7 @@ class PartitionAttention(nn.Module):
     if self.is_mutable_collection('intermediates'):
       self.sow('intermediates', 'attention', jax.nn.softmax(windows.fold(logits)))
     mixed = windows.window_attention(logits, value)
-    y = dense(self.dim, 'proj')(mixed.reshape(*mixed.shape[:3], -1))
+    y = dense(self.dim, 'proj', self.proj_bias)(mixed.reshape(*mixed.shape[:3], -1))
     y = windows.join(y, tiling)
     return nn.Dropout(self.dropout, deterministic=not train)(y)
 
@@ -88,11 +92,11 @@ class PartitionAttention(nn.Module):
     """Returns the table for parts of `rows` and `columns`."""
     shape = (2 * rows - 1, 2 * columns - 1)
     stored = shape
-    if self.table_window is not None:
-      height, width = windows.pair(self.table_window)
+    if self.interpolate:
+      height, width = windows.pair(self.table_window or (rows, columns))
       stored = (2 * height - 1, 2 * width - 1)
       if self.has_variable('params', 'relative_position'):
-        # What was loaded may have been made for yet another window.
+        # What was loaded may have been made for yet another part.
         stored = self.get_variable('params', 'relative_position').shape[1:]
     table = self.param(
       'relative_position', self.table_init, (self.num_heads, *stored), self.param_dtype
