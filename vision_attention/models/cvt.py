@@ -108,7 +108,7 @@ class CvT(nn.Module):
         cls = self.param('cls', INIT, (shape[-1],), self.param_dtype)
         cls = jnp.broadcast_to(jnp.asarray(cls).astype(x.dtype), (len(x), 1, shape[-1]))
         x = jnp.concatenate([cls, x.reshape(len(x), -1, shape[-1])], 1)
-      x = stage.Stage(blocks, self.remat, name=f'stage{i}')(drop(x), train=train)
+      x = stage.Stage(blocks, self.remat, scan=self.scan, name=f'stage{i}')(drop(x), train=train)
       if with_cls:
         features['cls'] = self.norm(name='norm')(x[:, 0], train=train)
         x = x[:, 1:].reshape(shape)
@@ -142,6 +142,7 @@ def build(
   dropout: float = 0.0,
   drop_path: float | Sequence[float] = 0.0,
   remat: bool = False,
+  scan: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -168,6 +169,7 @@ def build(
     drop_path: rate of stochastic depth of a stage's last block, per stage; the first one has 0. One
       number is that of the last stage, and the others have none.
     remat: whether blocks are computed again in the backward pass, to save memory.
+    scan: whether equal blocks are compiled once, and their variables stacked.
 
   Raises:
     ValueError: for numbers of stages that differ, heads that do not divide a width, an operator
@@ -251,6 +253,7 @@ def build(
       **types,
     ),
     remat=remat,
+    scan=scan,
     dropout=dropout,
     **types,
   )
@@ -270,7 +273,7 @@ def drop_path_rates(rate: float | Sequence[float], depths: Sequence[int]) -> lis
   rates = (*(0.0,) * (len(depths) - 1), rate) if isinstance(rate, int | float) else tuple(rate)
   if len(rates) != len(depths):
     raise ValueError(f'drop_path {rates} must have one entry per stage of depths {depths}')
-  return [drop_path.linear_rates(r, [depth])[0] for r, depth in zip(rates, depths, strict=True)]
+  return [drop_path.linear_rates(float(r), [n])[0] for r, n in zip(rates, depths, strict=True)]
 
 
 def _variant(depths, dims, heads, params, gmacs, top1, size=224, data='') -> base.Variant:

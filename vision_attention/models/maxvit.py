@@ -90,7 +90,7 @@ def build(
       of `window` pixels at any image size.
     fit: what becomes of windows larger than a map, see `ops.windows.tile`.
     table_window: the window that tables of relative positions are stored for, and from which they
-      are interpolated in the program; that of the model unless given. With 7 at any resolution,
+      are interpolated in the program; those of the model unless given. With 7 at any resolution,
       fine-tuning trains what the authors' code trains.
     layout: the layers of a block in order, or those of every stage: `C` for MBConv, `B` for block
       attention and its MLP, `G` for grid attention and its MLP (section 4.5).
@@ -132,9 +132,8 @@ def build(
   def attention(spec: operators.Spec) -> ModuleDef:
     made = operators.bind(operators.operator(spec), kernel_init=INIT, **types)
     if operators.has_field(made, 'table_window'):
-      made = operators.bind(
-        made, window=sides, grid=sides, fit=fit, table_window=table_window or sides
-      )
+      tables = {'interpolate': True, 'table_window': table_window}
+      made = operators.bind(made, window=sides, grid=sides, fit=fit, **tables)
     return functools.partial(
       coatnet.TransformerBlock,
       head_dim=head_dim,
