@@ -78,6 +78,8 @@ TINY = {
   'mvitv2_tiny': dict(depths=(1, 1, 1), dim=8, num_heads=1, image_size=32),
   'swin_tiny': dict(depths=(2, 2), dim=8, num_heads=(1, 2), window=3, image_size=32),
   'convnext_tiny': dict(depths=(1, 1), dims=(8, 16), image_size=32),
+  'hornet_tiny_gf': dict(depths=(1, 1), dim=8, orders=(1, 3), global_stages=(2,), image_size=32),
+  'acmix_swin_tiny': dict(depths=(2, 1), dim=8, num_heads=(1, 2), window=3, image_size=32),
   'coatnet_7': dict(
     depths=(1, 1, 1, 1, 1), dims=(8, 8, 16, 32, 64), stem_dim=8, head_dim=32, image_size=64
   ),

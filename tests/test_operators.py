@@ -72,8 +72,8 @@ def test_every_operator_learns_in_every_backbone(name, host):
       assert np.abs(grad).max() > 0, path
 
 
-# Channels compete in these, and not positions.
-WITHOUT_MAPS = {'sk', 'splat'}
+# Channels compete in these, or nothing does, and not positions.
+WITHOUT_MAPS = {'gnconv', 'sk', 'splat'}
 
 
 @pytest.mark.parametrize('name', sorted({*operators.list_operators()} - WITHOUT_MAPS))

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vision_attention import errors
-from vision_attention.ops import convolution
+from vision_attention.ops import convolution, fusion
 
 
 class Conv(nn.Module):
@@ -61,7 +61,7 @@ class Conv(nn.Module):
     if self.use_bias:
       bias = self.param('bias', self.bias_init, (self.dim,), self.param_dtype)
       y = y + bias.astype(self.dtype)
-    return y
+    return fusion.fence(y) if self.groups == self.dim > 1 else y
 
   def transform(self, kernel: Float[Array, 'h w i o']) -> Float[Array, 'h w i o']:
     """Returns the kernel that is applied; a reparametrised convolution overrides this."""

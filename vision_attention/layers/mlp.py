@@ -5,7 +5,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vision_attention.ops import activation
+from vision_attention.ops import activation, fusion
 
 
 class Mlp(nn.Module):
@@ -36,6 +36,7 @@ class Mlp(nn.Module):
         param_dtype=self.param_dtype,
         kernel_init=self.kernel_init,
         bias_init=self.bias_init,
+        dot_general=fusion.dot_general,
         name=name,
       )
 

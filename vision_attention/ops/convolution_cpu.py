@@ -78,7 +78,7 @@ def scatter_taps(
   return jnp.pad(whole, [(0, 0), *fill, (0, 0)])[:, : padded[0], : padded[1]]
 
 
-def _tall_product(x: jax.Array, g: jax.Array) -> jax.Array:
+def tall_product(x: jax.Array, g: jax.Array) -> jax.Array:
   """Returns `x^T g` of `[rows, c]` and `[rows, o]`."""
   rows, narrow = len(x), g.shape[1] < x.shape[1]
   if rows >= _TALL and narrow and rows % 8 == 0:
@@ -104,7 +104,7 @@ def pointwise_dx(g: jax.Array, kernel: jax.Array, padded: _Size, stride: int) ->
 def pointwise_dw(x: jax.Array, g: jax.Array, size: _Size, stride: int) -> jax.Array:
   del size
   seen = x[:, ::stride, ::stride]
-  product = _tall_product(seen.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
+  product = tall_product(seen.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
   return product[None, None]
 
 
@@ -263,7 +263,7 @@ def winograd_dw(x: jax.Array, g: jax.Array, size: _Size, stride: int) -> jax.Arr
   phases = [[g[:, i::step, j::step] for j in range(step)] for i in range(step)]
   v, e = _sandwich(bt, tiles), _sandwich(_transposed(at), phases)
   flat = lambda a: a.reshape(-1, a.shape[-1])
-  product = lambda a, b: _tall_product(flat(a), flat(b))
+  product = lambda a, b: tall_product(flat(a), flat(b))
   u = [[product(v[i][j], e[i][j]) for j in range(step + 2)] for i in range(step + 2)]
   return jnp.stack([jnp.stack(row) for row in _sandwich(_transposed(mg), u)])
 
@@ -283,7 +283,7 @@ def dense_dw(x: jax.Array, g: jax.Array, size: _Size, stride: int) -> jax.Array:
   out = (g.shape[1], g.shape[2])
   taps = [window(x, i, j, out, stride) for i in range(size[0]) for j in range(size[1])]
   columns = jnp.concatenate(taps, -1).reshape(-1, len(taps) * x.shape[-1])
-  return _tall_product(columns, g.reshape(-1, g.shape[-1])).reshape(*size, x.shape[-1], -1)
+  return tall_product(columns, g.reshape(-1, g.shape[-1])).reshape(*size, x.shape[-1], -1)
 
 
 def _patches(x: jax.Array, size: _Size, out: _Size) -> jax.Array:
@@ -304,7 +304,7 @@ def patch_dw(x: jax.Array, g: jax.Array, size: _Size, stride: int) -> jax.Array:
   del stride
   columns = _patches(x, size, (g.shape[1], g.shape[2]))
   flat = columns.reshape(-1, columns.shape[-1])
-  return _tall_product(flat, g.reshape(-1, g.shape[-1])).reshape(*size, x.shape[-1], -1)
+  return tall_product(flat, g.reshape(-1, g.shape[-1])).reshape(*size, x.shape[-1], -1)
 
 
 # -- Pooling ---------------------------------------------------------------------------------------
