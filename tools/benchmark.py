@@ -2,6 +2,11 @@
 
     python tools/benchmark.py coatnet_0 resnet_50 --batch_size=8 --rounds=10
 
+    python tools/benchmark.py --memory
+
+`--memory` runs nothing: it prints, per side of the window, the bytes that a layer of QnA, of
+neighbourhood attention and of stand-alone self-attention need, forward and backward.
+
 Prints minimum and median milliseconds of `--rounds` turns of best-of-two calls. The train step is
 forward, backward and AdamW on a fixed batch. On a CPU, glibc gives every large buffer back to the
 kernel after each call, which can double the time; set this before the program starts:
@@ -11,9 +16,10 @@ kernel after each call, which can double the time; set this before the program s
 """
 
 import argparse
+import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +27,7 @@ import jax.numpy as jnp
 import optax
 
 import vision_attention as va
+from vision_attention.attention import operators
 
 
 def make_steps(
@@ -77,16 +84,49 @@ def best_of(step: Callable[[], Any], calls: int = 2) -> float:
   return min(times)
 
 
+# By window: QnA's does not grow with it (arXiv 2112.11435), that of attention maps with its area.
+LAYERS = ('qna', 'neighborhood', 'sasa')
+
+
+def peak_bytes(name: str, kernel: int, *, size: int = 56, dim: int = 96, batch: int = 4) -> int:
+  """Returns the peak memory of value and gradients of a layer, as the compiler plans it."""
+  made = operators.operator({'name': name, 'kernel': kernel})
+  layer = made(dim=dim, num_heads=dim // 32)
+  x = jax.ShapeDtypeStruct((batch, size, size, dim), jnp.float32)
+  variables = jax.eval_shape(functools.partial(layer.init, train=False), jax.random.key(0), x)
+
+  def loss(variables, x):
+    return jnp.square(layer.apply(variables, x, train=False)).sum()
+
+  program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(variables, x).compile()
+  plan = program.memory_analysis()
+  return plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
+
+
+def print_memory(kernels: Sequence[int] = (3, 5, 7, 9, 11)) -> None:
+  """Prints `peak_bytes` of every layer and window."""
+  print('MB, forward and backward, 4 maps of 56x56x96, heads of 32 channels, float32')
+  print('window ' + ''.join(f'{name:>14}' for name in LAYERS), flush=True)
+  for kernel in kernels:
+    row = [peak_bytes(name, kernel) / 1e6 for name in LAYERS]
+    print(f'{kernel:>2}x{kernel:<4}' + ''.join(f'{value:>14.1f}' for value in row), flush=True)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('models', nargs='+', help='registered names')
+  parser.add_argument('models', nargs='*', help='registered names')
+  parser.add_argument('--memory', action='store_true', help='print memory by window')
   parser.add_argument('--batch_size', type=int, default=8)
   parser.add_argument('--image_size', type=int, default=None, help='the published one by default')
   parser.add_argument('--rounds', type=int, default=10)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   args = parser.parse_args()
+  if args.memory:
+    print_memory()
+  elif not args.models:
+    parser.error('pass registered names, or --memory')
   for name in args.models:
     steps = make_steps(name, args.batch_size, args.image_size, jnp.dtype(args.dtype))
     for kind, step in steps.items():

@@ -356,6 +356,15 @@ VARIANTS = {
   'dinat_s_small': _dinat_s(96, 49_606_258, 8.7, 83.5),
   'dinat_s_base': _dinat_s(128, 87_768_224, 15.4, 83.8),
   'dinat_s_large': _dinat_s(192, 196_532_476, 34.5, 86.5, source=_DINAT + _22K),
+  'dinat_s_large_384': _dinat_s(
+    192,
+    196_532_476,
+    101.5,
+    87.4,
+    source=_DINAT + _22K,
+    size=384,
+    dilations=((1, 13), (1, 6), (1, 3), (1,)),
+  ),
   'nat_isotropic_small': _isotropic(384, 21_999_736, 4.3, 80.0, 1),
   'nat_isotropic_base': _isotropic(768, 86_465_800, 16.9, 81.6, 1),
   'dinat_isotropic_small': _isotropic(384, 21_999_736, 4.3, 80.8, 2),
@@ -370,6 +379,7 @@ def _rules(options: Mapping[str, Any]) -> list[reference.Rule]:
   stages = r'(?:levels|layers)\.(\d+)\.'
   ours = 'backbone/stage1/block{0:02d}/' if single else 'backbone/stage{0:+1}/block{1:02d}/'
   number = '{1}' if single else '{2}'
+  reduction = 'reduction' if options.get('stem') == 'patch' else 'conv'
   rule = reference.Rule
 
   def flipped(array, shape):
@@ -390,7 +400,7 @@ def _rules(options: Mapping[str, Any]) -> list[reference.Rule]:
     rule(stages + r'downsample\.norm', 'backbone/downsample{0:+2}/norm', reference.NORM),
     rule(
       stages + r'downsample\.reduction',
-      f'backbone/downsample{{0:+2}}/{"conv" if options.get("stem", "conv") == "conv" else "reduction"}',
+      f'backbone/downsample{{0:+2}}/{reduction}',
       reference.DENSE,
     ),
     rule('norm', 'backbone/norm', reference.NORM),
@@ -415,5 +425,7 @@ REFERENCES = {
     origin='github.com/SHI-Labs/Neighborhood-Attention-Transformer, classification',
     rules=_rules,
     infer=_infer,
+    # Of the ViT with relative positions that the isotropic models are compared with.
+    ignore=(r'.*\.relative_position_index',),
   )
 }

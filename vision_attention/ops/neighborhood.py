@@ -256,7 +256,7 @@ def _attend_fwd(query: Array, key: Array, value: Array, table: Array | None, pla
   return out, (query, key, value, table, out, highest + jnp.log(total))
 
 
-def _attend_bwd(plan: _Plan, saved: Any, g: Array) -> tuple[Array, ...]:
+def _attend_bwd(plan: _Plan, saved: Any, g: Array) -> tuple[Array, Array, Array, Array | None]:
   """Computes the weights again: they are larger than all that is saved."""
   query, key, value, table, out, log_total = saved
   dtype = value.dtype
@@ -299,8 +299,8 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _compiled(
   size: tuple[int, int], kernel: int, dilation: int, scale: float, block: int, macs: int
 ) -> Callable[..., Array]:
-  axes = tuple(_axis(side, kernel, dilation, block) for side in size)
-  plan = _Plan(size, dilation, scale, axes)
+  rows, columns = (_axis(side, kernel, dilation, block) for side in size)
+  plan = _Plan(size, dilation, scale, (rows, columns))
   return cost.declare(lambda *arrays: _attend(*arrays, plan), macs)
 
 
