@@ -56,7 +56,7 @@ class EnhancedLocalAttention(nn.Module):
   dilation: int = 1
   stride: int = 1
   group_width: int = 8
-  mul_power: int = 1
+  mul_power: int | float = 1
   add_scale: float = 1.0
   scale: str = 'none'
   qkv_bias: bool = False
@@ -127,7 +127,7 @@ class EnhancedLocalAttention(nn.Module):
       init = nn.initializers.normal(spread)
       return jnp.asarray(self.param(f'ghost_{name}', init, shape, self.param_dtype)).reshape(split)
 
-    mul = ghost('mul', 1.0) ** self.mul_power if self.mul_power else None
+    mul = ghost('mul', 1.0) ** int(self.mul_power) if self.mul_power else None
     add = ghost('add', 0.02) * self.add_scale if self.add_scale else None
     return mul, add
 

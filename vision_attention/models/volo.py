@@ -107,6 +107,7 @@ class Volo(nn.Module):
   mix_token: float
   dropout: float
   remat: bool = False
+  scan: bool = False
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -124,14 +125,16 @@ class Volo(nn.Module):
     for i, blocks in enumerate(self.stages, 1):
       if i == 2:
         x = self._halve(x, train)
-      x = stage.Stage(blocks, self.remat, name=f'stage{i}')(x, train=train)
+      x = stage.Stage(blocks, self.remat, scan=self.scan, name=f'stage{i}')(x, train=train)
       features[f'stage{i}'] = x
     last = self.norm(name='norm')
     if self.class_blocks:
       cls = self.param('cls', nn.initializers.normal(0.02), (self.dim,), self.param_dtype)
       cls = jnp.broadcast_to(jnp.asarray(cls).astype(self.dtype), (len(x), 1, self.dim))
       tokens = jnp.concatenate([cls, x.reshape(len(x), -1, self.dim)], 1)
-      tokens = stage.Stage(self.class_blocks, self.remat, name='class_stage')(tokens, train=train)
+      tokens = stage.Stage(self.class_blocks, self.remat, scan=self.scan, name='class_stage')(
+        tokens, train=train
+      )
       tokens = last(tokens, train=train)
       features['cls'], x = tokens[:, 0], tokens[:, 1:].reshape(x.shape)
     else:
@@ -240,6 +243,7 @@ def build(
   dropout: float = 0.0,
   drop_path: float = 0.0,
   remat: bool = False,
+  scan: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -272,6 +276,7 @@ def build(
     drop_path: rate of stochastic depth of the last block; it grows from the first, but those of the
       first stage have none (the code).
     remat: whether blocks are computed again in the backward pass, to save memory.
+    scan: whether equal blocks are compiled once, and their variables stacked.
 
   Raises:
     ValueError: for an image of less than two patches, heads that do not divide a width, or a
@@ -281,7 +286,7 @@ def build(
   if pool == 'cls' and not class_depth:
     raise ValueError("pool='cls' needs a class token: pass class_depth=2, or pool='gap'")
   if patch < 2 or patch % 2:
-    raise ValueError(f'patch {patch} is not even: the nearest are {patch // 2 * 2 or 2} and more')
+    raise ValueError(f'patch {patch} is not even: the nearest is {max(2, patch + patch % 2)}')
   for width, count in zip(dims, num_heads, strict=True):
     if width % count:
       raise ValueError(f'num_heads {num_heads} do not divide the widths {dims}: pass divisors')
@@ -352,6 +357,7 @@ def build(
     mix_token=mix_token,
     dropout=dropout,
     remat=remat,
+    scan=scan,
     **types,
   )
   head = functools.partial(
