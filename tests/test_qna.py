@@ -49,8 +49,8 @@ def _arrays(size, kernel, queries=2, heads=2, dim=3):
 
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(
-  size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-  kernel=st.sampled_from((1, 3, 5)),
+  size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+  kernel=st.sampled_from((1, 3)),
   stride=st.sampled_from((1, 2)),
 )
 def test_it_is_the_window_formula(size, kernel, stride):
@@ -153,9 +153,7 @@ def test_memory_does_not_grow_with_the_window():
   ours, theirs = (
     [benchmark.peak_bytes(name, kernel) for kernel in (3, 11)] for name in ('qna', 'sasa')
   )
-  print(
-    f'MB: qna {ours[0] / 1e6:.1f}, {ours[1] / 1e6:.1f}; sasa {theirs[0] / 1e6:.1f}, {theirs[1] / 1e6:.1f}'
-  )
+  print('MB of qna and sasa:', [round(size / 1e6, 1) for size in (*ours, *theirs)])
   assert ours[1] < 1.1 * ours[0]
   assert theirs[1] > 1.7 * theirs[0]
 

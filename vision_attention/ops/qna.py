@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 
 from vision_attention.ops import convolution
 
-# Below this, relative to the largest score of an image, scores are all the same: a window of
-# nothing else still has weights. exp(-80) is the least that float32 holds with all its digits.
-_LEAST = -80.0
+# Scores further below the largest of an image count as this far below it, so that a window of
+# nothing else still has weights. The gradient has the square of their sum, which float32 must hold.
+_LEAST = -40.0
 
 
 def normalize(query: Float[Array, 'i n d']) -> Float[Array, 'i n d']:
