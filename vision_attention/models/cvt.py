@@ -78,6 +78,7 @@ class CvT(nn.Module):
     class_token: whether there is one.
     norm: after the last block.
     remat: whether blocks are computed again in the backward pass.
+    scan: whether equal blocks are compiled once.
   """
 
   image_size: tuple[int, int]
@@ -86,6 +87,7 @@ class CvT(nn.Module):
   class_token: bool
   norm: ModuleDef
   remat: bool = False
+  scan: bool = False
   dropout: float = 0.0
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32

@@ -31,18 +31,20 @@ class MaxViTBlock(nn.Module):
   MBConv has one shortcut, an attention layer two: around attention, and around its MLP (Figure 2).
 
   Attributes:
-    layers: names and layers in order, each called with `stride` and its name.
+    layers: names and layers in order, each called with `stride`, `drop_path` and its name.
     stride: of the first layer.
+    drop_path: rate of stochastic depth of every branch, each of which is drawn on its own.
   """
 
   layers: Sequence[tuple[str, ModuleDef]]
   stride: int
+  drop_path: float
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
     stride = self.stride
     for name, layer in self.layers:
-      x = layer(stride=stride, name=name)(x, train=train)
+      x = layer(stride=stride, drop_path=self.drop_path, name=name)(x, train=train)
       stride = 1
     return x
 
@@ -72,6 +74,7 @@ def build(
   dropout: float = 0.0,
   pre_logits: bool = True,
   remat: bool = False,
+  scan: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -104,6 +107,7 @@ def build(
     dropout: rate before the classifier.
     pre_logits: whether a dense layer of the last width with tanh precedes the classifier.
     remat: whether blocks are computed again in the backward pass, to save memory.
+    scan: whether equal blocks are compiled once, and their variables stacked.
 
   Raises:
     ValueError: for an unknown policy or layer, numbers of stages that differ, or widths that heads
@@ -164,9 +168,9 @@ def build(
     made = []
     for k, letter in enumerate(layouts[i]):
       again = layouts[i][:k].count(letter)
-      layer = functools.partial(kinds[letter], dim=dims[i], drop_path=rates[i][j])
+      layer = functools.partial(kinds[letter], dim=dims[i])
       made.append((LAYERS[letter] + (str(again) if again else ''), layer))
-    return functools.partial(MaxViTBlock, tuple(made), stride=1 if j else 2)
+    return functools.partial(MaxViTBlock, tuple(made), stride=1 if j else 2, drop_path=rates[i][j])
 
   rates = drop_path_rates(drop_path, depths)
   backbone = functools.partial(
@@ -183,6 +187,7 @@ def build(
     stages=[[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
     strides=(2,) * len(depths),
     remat=remat,
+    scan=scan,
     dtype=dtype,
   )
   head = functools.partial(
