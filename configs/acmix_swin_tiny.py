@@ -63,5 +63,6 @@ def _local(config: ml_collections.ConfigDict, data: str) -> ml_collections.Confi
     'drop_path': 0.05,
   }
   config.optimizer.learning_rate = 4e-3
+  config.total = '12 epochs'
   config.loss.label_smoothing = 0.1
   return config
