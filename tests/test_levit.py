@@ -356,4 +356,8 @@ def test_recipes_are_those_of_the_code():
   assert (config.optimizer.weight_decay, config.optimizer.clip_adaptive) == (0.025, 0.01)
   assert config.schedule.warmup == '5 epochs'
   assert not config.model.options.drop_path
+  assert not config.model.options.distillation
+  taught = levit_128s.get_config('teacher=run')
+  assert (taught.teacher.path, taught.distill.kind, taught.distill.weight) == ('run', 'hard', 0.5)
+  assert taught.model.options.distillation
   assert levit_128s.get_config('variant=levit_384').model.options.drop_path == 0.1
