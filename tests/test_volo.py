@@ -56,7 +56,7 @@ def test_outlook_attention_is_its_definition(size, kernel, step):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize('size', [(7, 7), (6, 8), (5, 2)])
+@pytest.mark.parametrize('size', [(7, 7), (6, 5)])
 def test_windows_that_mix_nothing_count_how_often_a_pixel_is_seen(size):
   grid = [-(-side // 2) for side in size]
   # Only itself: every window gives back its values.
@@ -65,7 +65,7 @@ def test_windows_that_mix_nothing_count_how_often_a_pixel_is_seen(size):
   seen = [np.where(np.arange(n) % 2, np.where(np.arange(n) < n - 1, 2, 1), 1) for n in size]
   count = seen[0][:, None] * seen[1]
   assert set(count.flat) <= {1, 2, 4}
-  y = outlook_attention.outlook_attention(value, logits, step=2)
+  y = jax.jit(functools.partial(outlook_attention.outlook_attention, step=2))(value, logits)
   np.testing.assert_allclose(y[0, :, :, 0], value[0, :, :, 0] * count[:, :, None], rtol=1e-5)
 
 
@@ -148,8 +148,8 @@ def test_class_blocks_change_the_class_token_alone():
   mlp = lambda name: lambda x, train: jnp.zeros_like(x)
   block = volo.ClassBlock(attn=class_attention.ClassAttention, mlp=mlp, **options)
   x = _normal(2, 5, 6)
-  variables = block.init(jax.random.key(0), x, train=False)
-  y = block.apply(variables, x, train=False)
+  init = functools.partial(block.init_with_output, train=False)
+  y, variables = jax.jit(init)(jax.random.key(0), x)
   np.testing.assert_array_equal(y[:, 1:], x[:, 1:])
   params = variables['params']['attn']
   heads = lambda x, name: (x @ params[name]['kernel']).reshape(2, -1, 2, 3)
@@ -161,9 +161,8 @@ def test_class_blocks_change_the_class_token_alone():
 
 
 def test_boxes_lie_within_the_grid_and_have_its_proportions():
-  boxes = jax.vmap(lambda key: mix_token.box(key, (6, 9), 1.0))(
-    jax.random.split(jax.random.key(0), 200)
-  )
+  draw = jax.jit(jax.vmap(lambda key: mix_token.box(key, (6, 9), 1.0)))
+  boxes = draw(jax.random.split(jax.random.key(0), 200))
   shares = np.asarray(boxes.mean((1, 2)))
   assert shares.min() == 0  # a box without cells
   assert 0.15 < shares.mean() < 0.45  # a half of the cells, but for what is rounded and cut off
@@ -218,7 +217,7 @@ def test_the_first_stage_is_never_dropped():
   np.testing.assert_allclose(flat, [0] * 4 + [0.5 * i / 17 for i in range(4, 18)])
 
 
-@pytest.mark.parametrize('size', [(16, 16), (33, 61), (50, 17), (239, 231)])
+@pytest.mark.parametrize('size', [(16, 16), (33, 61), (239, 50)])
 def test_sizes_that_patches_do_not_tile_lose_pixels_at_the_border(size):
   model, shapes = _tiny(size)
   images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
@@ -335,13 +334,9 @@ def test_what_there_is_of_heads_and_biases_is_read_off_the_weights(fields, missi
     va.load_reference('volo_d1', state, source='official', **TINY)
 
 
-@pytest.mark.parametrize(
-  ('name', 'options', 'published'),
-  [('volo_d1', {}, 6.8), ('volo_d5', dict(stem_dim=64), 69.0)],
-)
-def test_multiply_adds(name, options, published):
-  model, _ = va.create_model(name, **options)
-  assert va.count_macs(model) / 1e9 == pytest.approx(published, rel=0.02)
+def test_multiply_adds():
+  model, info = va.create_model('volo_d1')
+  assert va.count_macs(model) == pytest.approx(info.flops, rel=0.02)
 
 
 def test_recipes_are_those_of_the_code():
