@@ -4,11 +4,14 @@ import importlib
 import pathlib
 import signal
 
+import jax
+import numpy as np
 import pytest
 
 import train
 from vision_attention import planning
 from vision_attention.data import builders
+from vision_attention.training import state
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem[0] != '_')
@@ -32,9 +35,20 @@ def _own_signals():
   signal.signal(signal.SIGTERM, before)
 
 
+# CoAtNet's preset is the README's main job; the others are trained with `-m exhaustive`.
+TRAINED = {'coatnet0'}
+
+
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize('name', [name for name in CONFIGS if name not in WITHOUT])
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[] if name in TRAINED else [pytest.mark.exhaustive])
+    for name in CONFIGS
+    if name not in WITHOUT
+  ],
+)
 def test_local_presets_learn(name, data_dir, tmp_path):
   config = importlib.import_module(f'configs.{name}').get_config('local')
   changes = {
@@ -52,6 +66,28 @@ def test_local_presets_learn(name, data_dir, tmp_path):
   print(f'{name}: {accuracy:.1f} %')
   assert found['eval/count'] == 355
   assert accuracy >= 80
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name not in WITHOUT | TRAINED])
+def test_local_presets_take_a_step(name):
+  config = importlib.import_module(f'configs.{name}').get_config('local')
+  config.batch_size = 8
+  plan = planning.prepare(config, with_data=False)
+  size, classes = config.image_size, plan.config.data.num_classes
+  now, window = jax.jit(plan.init, out_shardings=plan.places)()
+  step = jax.jit(state.make_train_step(plan.model.apply, plan.optimizer, plan.config, classes))
+  rng = np.random.default_rng(0)
+  batch = {
+    'image': rng.integers(0, 256, (8, size, size, 3), np.uint8),
+    'label': rng.integers(0, classes, 8, np.int32),
+    'corrupt': np.zeros(8, np.int32),
+  }
+  later = now
+  for _ in range(2):  # the first has a learning rate of zero where it warms up
+    later, window = step(later, window, batch)
+  assert int(window.bad_step) == -1
+  changed = jax.tree.map(lambda a, b: bool((a != b).any()), now.params, later.params)
+  assert any(jax.tree.leaves(changed))
 
 
 # Arguments under which other parameters are there to decay, freeze or start afresh.

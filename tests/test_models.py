@@ -1,4 +1,4 @@
-"""Every variant's parameters and multiply-adds; every family's gradients, features, errors."""
+"""Every variant's parameters and multiply-adds; features, errors, transfer."""
 
 import fnmatch
 import functools
@@ -11,100 +11,9 @@ import numpy as np
 import pytest
 
 import vision_attention as va
+from tests.test_families import TINY
 from vision_attention import convert
 from vision_attention.models import registry, transfer, tree
-
-# Small enough to run, with every kind of block of its family.
-TINY = {
-  'lesa_resnet_50': dict(
-    depths=(1, 2), strides=(1, 2), stages=(2,), first_conv=(), width=8, num_heads=2, image_size=32
-  ),
-  'acmix_resnet_26': dict(depths=(1, 1), width=8, image_size=32),
-  'san10_pairwise': dict(depths=(1, 1), dims=(32, 32), kernels=(3, 3), image_size=16),
-  'acmix_san10': dict(depths=(1, 1), dims=(32, 32), kernels=(3, 3), image_size=16),
-  'acmix_pvt_tiny': dict(
-    depths=(1, 1),
-    dims=(8, 16),
-    num_heads=(1, 2),
-    mlp_ratios=(2, 2),
-    reductions=(2, 1),
-    image_size=32,
-    drop_path=0.0,
-  ),
-  'resnet_50': dict(depths=(1, 1), width=8, image_size=32),
-  'resnet_34': dict(depths=(1, 2), width=8, image_size=32),
-  'resnetrs50': dict(depths=(1, 1), width=16, image_size=32),
-  'skresnet18': dict(depths=(1, 1), width=16, image_size=32),
-  'cbam_resnet_50': dict(depths=(1, 1), width=16, image_size=32),
-  'vit_ti16': dict(dim=24, depth=2, mlp_dim=32, image_size=32, pre_logits=True),
-  'vit_s16': dict(dim=24, depth=1, mlp_dim=32, num_heads=3, image_size=32, pool='map'),
-  'vit_r26_s32': dict(
-    stem_depths=(1, 1), dim=24, depth=1, mlp_dim=32, num_heads=3, image_size=64, pool='gap'
-  ),
-  'coatnet_0': dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 32), stem_dim=8, image_size=64),
-  'sasa_resnet_50': dict(
-    depths=(1, 1), width=0.25, num_heads=2, kernel=3, stem='attention', image_size=32
-  ),
-  'halonet_h4': dict(
-    depths=(1, 1), width=8, num_heads=2, block=4, halo=1, final_dim=16, image_size=32
-  ),
-  'aa_resnet_50': dict(depths=(1, 1, 1), width=8, num_heads=2, image_size=32),
-  'aa_mnasnet': dict(
-    groups=((1, 3, 2, 1, 8), (1, 5, 2, 2, 8, 1.0), (1, 3, 2, 2, 16)),
-    stem_dim=8,
-    final_dim=16,
-    num_heads=2,
-    dropout=0.0,
-    image_size=32,
-  ),
-  'ea_aa_resnet_50': dict(depths=(1, 2, 1), width=8, num_heads=2, image_size=32),
-  'gc_resnet_50': dict(depths=(1, 1, 1), stages=(2, 3), width=8, image_size=32),
-  'nl_resnet_50': dict(
-    depths=(1, 1, 2), width=8, context={'name': 'nl', 'norm': False}, image_size=32
-  ),
-  'conv_attention_quadratic_general': dict(dim=16, depth=2, mlp_dim=16, num_heads=3, image_size=16),
-  'conv_attention_learned_content': dict(
-    dim=16, depth=1, mlp_dim=16, num_heads=2, dropout=0.1, attention_dropout=0.1, image_size=12
-  ),
-  'botnet_t3': dict(depths=(1, 2), attn_stages=(2,), width=8, num_heads=2, image_size=32),
-  'lamhalobotnet50ts_256': dict(
-    layout=('C', 'CA', 'A', 'A'),
-    dims=(16, 24, 32, 32),
-    gate={'name': 'gc', 'ratio': 0.5},
-    final_dim=16,
-    image_size=64,
-  ),
-  'levit_128s': dict(dims=(16, 24), depths=(1, 1), num_heads=(2, 3), head_dim=4, image_size=64),
-  'mvitv2_tiny': dict(depths=(1, 1, 1), dim=8, num_heads=1, image_size=32),
-  'nat_mini': dict(
-    depths=(2, 1),
-    dim=8,
-    num_heads=(1, 2),
-    kernel=3,
-    dilations=((1, 2), (1,)),
-    layer_scale=0.1,
-    image_size=32,
-  ),
-  'qna_tiny': dict(
-    dim=8,
-    depths=(1, 0),
-    window_depths=(0, 1),
-    num_heads=(2, 4),
-    window_heads=(1, 2),
-    window=(4, 4),
-    image_size=32,
-  ),
-  'swin_tiny': dict(depths=(2, 2), dim=8, num_heads=(1, 2), window=3, image_size=32),
-  'convnext_tiny': dict(depths=(1, 1), dims=(8, 16), image_size=32),
-  'hornet_tiny_gf': dict(depths=(1, 1), dim=8, orders=(1, 3), global_stages=(2,), image_size=32),
-  'acmix_swin_tiny': dict(depths=(2, 1), dim=8, num_heads=(1, 2), window=3, image_size=32),
-  'coatnet_7': dict(
-    depths=(1, 1, 1, 1, 1), dims=(8, 8, 16, 32, 64), stem_dim=8, head_dim=32, image_size=64
-  ),
-}
-
-# What shifts every logit of a query alike: softmax cannot see it.
-UNSEEN = ('key/bias', 'position/bias', 'logits_norm/bias')
 
 
 @functools.cache
@@ -231,67 +140,6 @@ def test_multiply_adds(name, size, options, expected):
   macs = va.count_macs(model, image_size=size) / 1e9
   # The counts are printed with three digits or fewer.
   assert macs == pytest.approx(expected, rel=0.02), f'{macs:.3f} G, published {expected} G'
-
-
-@functools.cache
-def _tiny(name):
-  model, info = va.create_model(name, num_classes=5, **TINY[name])
-  images = jax.random.normal(jax.random.key(1), (8, *info.image_size, 3))
-  variables = jax.jit(model.init)(jax.random.key(0), images)
-  return model, variables, images
-
-
-@pytest.mark.parametrize('name', TINY)
-def test_every_parameter_learns(name):
-  model, variables, images = _tiny(name)
-  params, stats = variables['params'], variables.get('batch_stats', {})
-  # Zero-initialised branches and heads would hide what lies behind them.
-  keys = iter(jax.random.split(jax.random.key(2), 1000))
-  params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
-
-  @jax.jit
-  def gradients(params):
-    def loss(params):
-      logits, _ = model.apply(
-        {'params': params, 'batch_stats': stats},
-        images,
-        train=True,
-        rngs={'dropout': jax.random.key(3)},
-        mutable=['batch_stats'],
-      )
-      return jnp.square(logits - jnp.arange(5)).sum()
-
-    return jax.grad(loss)(params)
-
-  for path, grad in tree.flatten(gradients(params)).items():
-    if not path.endswith(UNSEEN):
-      assert jnp.abs(grad).max() > 0, path
-    assert jnp.isfinite(grad).all(), path
-
-
-@pytest.mark.parametrize('name', TINY)
-def test_remat_and_bfloat16_compute_the_same(name):
-  model, variables, images = _tiny(name)
-  expected = jax.jit(model.apply)(variables, images)
-  for options, tolerance in ((dict(remat=True), 1e-5), (dict(dtype=jnp.bfloat16), 0.2)):
-    other, _ = va.create_model(name, num_classes=5, **(TINY[name] | options))
-    logits = jax.jit(other.apply)(variables, images)
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, expected, atol=tolerance)
-
-
-@pytest.mark.parametrize('name', TINY)
-def test_batch_statistics_move_in_training_only(name):
-  model, variables, images = _tiny(name)
-  if 'batch_stats' not in variables:
-    pytest.skip('a model without BatchNorm')
-  apply = jax.jit(functools.partial(model.apply, mutable=['batch_stats']), static_argnames='train')
-  _, trained = apply(variables, images, train=True, rngs={'dropout': jax.random.key(0)})
-  _, evaluated = apply(variables, images, train=False)
-  moved = jax.tree.map(lambda a, b: bool((a != b).any()), variables, variables | trained)
-  assert all(jax.tree.leaves(moved['batch_stats']))
-  same = jax.tree.map(lambda a, b: bool((a == b).all()), variables, variables | evaluated)
-  assert all(jax.tree.leaves(same))
 
 
 @pytest.mark.fast

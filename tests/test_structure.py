@@ -25,6 +25,7 @@ ALLOWED = {
   'convert': {'errors', 'weights', 'models'} | _BELOW_MODELS,
   'checkpoint': {'errors', 'weights', 'models', 'training'},
   'planning': {'errors', 'checkpoint', 'convert', 'macs', 'data', 'models', 'training'},
+  'aot': {'errors', 'macs', 'planning', 'training'},
   'torch_file': set(),
   'runs': {'training'},
   'comparison': {'errors', 'runs'},

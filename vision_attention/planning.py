@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,8 +53,13 @@ class Plan:
   teacher: base.Classifier | None
 
 
-def prepare(config: Any, *, with_data: bool = True) -> Plan:
+def prepare(config: Any, *, with_data: bool = True, devices: Sequence[Any] | None = None) -> Plan:
   """Checks everything that can be checked without compiling, and refuses in one sentence.
+
+  Args:
+    config: as of a run.
+    with_data: whether data are looked at, and what they say is taken over.
+    devices: of the mesh; all there are by default.
 
   Raises:
     ValueError, FileNotFoundError: naming the value, what is allowed and the nearest fix.
@@ -78,7 +83,7 @@ def prepare(config: Any, *, with_data: bool = True) -> Plan:
   if with_data and config.loss.class_weights != 'none':
     # Known to who has the data; a dry run can do without.
     weights = losses.class_weights(config.loss.class_weights, pipeline.class_counts(config.data))
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   share = mesh.size * config.accumulate
   config.eval.batch_size = config.eval.batch_size or config.batch_size
   for key, value, unit in (

@@ -12,19 +12,25 @@ class DropPath(nn.Module):
   """Zeroes whole samples with probability `rate` and divides the kept ones by `1 - rate`.
 
   Draws from the random stream `dropout`. The identity in inference.
+
+  Attributes:
+    rate: a number, or an array of none where one program serves blocks of different rates.
   """
 
-  rate: float
+  rate: float | Float[Array, '']
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b *rest'], *, train: bool) -> Float[Array, 'b *rest']:
-    if not 0.0 <= self.rate < 1.0:
-      raise ValueError(f'drop_path {self.rate} is not in [0, 1)')
-    if not train or self.rate == 0.0:
+    if isinstance(self.rate, float | int):
+      if not 0.0 <= self.rate < 1.0:
+        raise ValueError(f'drop_path {self.rate} is not in [0, 1)')
+      if self.rate == 0.0:
+        return x
+    if not train:
       return x
     shape = (x.shape[0],) + (1,) * (x.ndim - 1)
     keep = jax.random.bernoulli(self.make_rng('dropout'), 1.0 - self.rate, shape)
-    return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
+    return jnp.where(keep, x / jnp.asarray(1.0 - self.rate, x.dtype), jnp.zeros_like(x))
 
 
 def linear_rates(rate: float, depths: Sequence[int], *, last: bool = True) -> list[list[float]]:

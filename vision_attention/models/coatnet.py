@@ -110,6 +110,7 @@ class CoAtNet(nn.Module):
   strides: Sequence[int]
   final_norm: ModuleDef | None = None
   remat: bool = False
+  scan: bool = False
   dtype: DTypeLike = jnp.float32
 
   @nn.compact
@@ -120,7 +121,7 @@ class CoAtNet(nn.Module):
     x = self.stem(name='stem')(images.astype(self.dtype), train=train)
     features, level = {}, 0
     for i, (blocks, stride) in enumerate(zip(self.stages, self.strides, strict=True), 1):
-      x = stage.Stage(blocks, self.remat, name=f'stage{i}')(x, train=train)
+      x = stage.Stage(blocks, self.remat, scan=self.scan, name=f'stage{i}')(x, train=train)
       if self.final_norm is not None and i == len(self.stages):
         x = self.final_norm(name='norm')(x, train=train)
       level += stride == 2
@@ -154,6 +155,7 @@ def build(
   head_norm: bool = True,
   pre_logits: bool = True,
   remat: bool = False,
+  scan: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -183,6 +185,7 @@ def build(
     head_norm: whether a LayerNorm follows the global average pooling.
     pre_logits: whether a dense layer of the last width with tanh precedes the classifier.
     remat: whether blocks are computed again in the backward pass, to save memory.
+    scan: whether equal blocks are compiled once, and their variables stacked.
 
   Raises:
     ValueError: for stages of different numbers, or widths that heads do not divide.
@@ -250,6 +253,7 @@ def build(
     stages=stages,
     strides=tuple(strides),
     remat=remat,
+    scan=scan,
     dtype=dtype,
   )
   head = functools.partial(

@@ -88,6 +88,7 @@ class ConvNeXt(nn.Module):
   stages: Sequence[Sequence[ModuleDef]]
   downsamples: Sequence[ModuleDef]
   remat: bool = False
+  scan: bool = False
   dtype: DTypeLike = jnp.float32
 
   @nn.compact
@@ -105,7 +106,7 @@ class ConvNeXt(nn.Module):
     for i, blocks in enumerate(self.stages, 1):
       if i > 1:
         x = self.downsamples[i - 2](name=f'downsample{i}')(x, train=train)
-      x = stage.Stage(blocks, self.remat, name=f'stage{i}')(x, train=train)
+      x = stage.Stage(blocks, self.remat, scan=self.scan, name=f'stage{i}')(x, train=train)
       features[f'stage{i}'] = x
     return features
 
@@ -128,6 +129,7 @@ def build(
   drop_path: float = 0.0,
   head_init_scale: float = 1.0,
   remat: bool = False,
+  scan: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -149,6 +151,7 @@ def build(
     drop_path: rate of stochastic depth of the last block; the first has 0.
     head_init_scale: factor of the classifier's initial kernel (0.001 in fine-tuning).
     remat: whether blocks are computed again in the backward pass, to save memory.
+    scan: whether equal blocks are compiled once, and their variables stacked.
 
   Raises:
     ValueError: for numbers of stages that differ, or an even kernel.
@@ -195,6 +198,7 @@ def build(
     stages=[[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
     downsamples=[functools.partial(Downsample, dim, layer, layer_norm) for dim in dims[1:]],
     remat=remat,
+    scan=scan,
     dtype=dtype,
   )
   head = functools.partial(

@@ -95,6 +95,7 @@ class MultiscaleVit(nn.Module):
   class_token: bool
   norm: ModuleDef
   remat: bool = False
+  scan: bool = False
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -110,7 +111,7 @@ class MultiscaleVit(nn.Module):
       x = pooling_attention.join_class(jnp.broadcast_to(token, (len(x), 1, x.shape[-1])), x)
     features = {}
     for i, blocks in enumerate(self.stages, 1):
-      x = stage.Stage(blocks, self.remat, name=f'stage{i}')(x, train=train)
+      x = stage.Stage(blocks, self.remat, scan=self.scan, name=f'stage{i}')(x, train=train)
       x = self.norm(name='norm')(x, train=train) if i == len(self.stages) else x
       size = self.sizes[i - 1] if self.class_token else None
       token, features[f'stage{i}'] = pooling_attention.split_class(x, size)
@@ -143,6 +144,7 @@ def build(
   dropout: float = 0.0,
   drop_path: float = 0.0,
   remat: bool = False,
+  scan: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -173,6 +175,7 @@ def build(
     dropout: after attention and within the MLP.
     drop_path: rate of stochastic depth of the last block; the first has 0.
     remat: whether blocks are computed again in the backward pass, to save memory.
+    scan: whether equal blocks are compiled once, and their variables stacked.
 
   Raises:
     ValueError: for an unknown choice, heads that do not divide the width, windows that are not one
@@ -258,6 +261,7 @@ def build(
     class_token=class_token,
     norm=layer_norm,
     remat=remat,
+    scan=scan,
     **types,
   )
   head = functools.partial(

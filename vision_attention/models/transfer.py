@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vision_attention.models import registry, tree
+from vision_attention.models import registry, stacking, tree
 from vision_attention.ops import distance_bias, global_filter, relative_logits, relative_position
 
 # Tables of operators that go into any backbone; a model file's own `RESIZE` comes first.
@@ -63,7 +63,8 @@ def transfer(
     ValueError: listing every array that is missing, left over or of a wrong shape elsewhere.
   """
   resizers = {**getattr(registry.module_of(name), 'RESIZE', {}), **OPERATOR_TABLES}
-  source, target = tree.flatten(loaded), tree.flatten(init)
+  # Blocks may be scanned on one side and not on the other.
+  source, target = tree.flatten(stacking.stack(loaded, init)), tree.flatten(init)
   # A model remembers whose convention its weights follow.
   source = {path: value for path, value in source.items() if not path.startswith('convention/')}
   fresh = set()

@@ -71,6 +71,7 @@ class VisionTransformer(nn.Module):
   learned_position: bool
   dropout: float
   remat: bool
+  scan: bool = False
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -92,7 +93,7 @@ class VisionTransformer(nn.Module):
       x = x.reshape(len(x), -1, self.dim)
       x = jnp.concatenate([jnp.broadcast_to(self._cls(), (len(x), 1, self.dim)), x], axis=1)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    x = stage.Stage(self.blocks, self.remat, name='stage1')(x, train=train)
+    x = stage.Stage(self.blocks, self.remat, scan=self.scan, name='stage1')(x, train=train)
     if self.norm is not None:
       x = self.norm(name='norm')(x, train=train)
     if not self.class_token:
@@ -152,6 +153,7 @@ def build(
   drop_path: float = 0.0,
   head_bias: float = 0.0,
   remat: bool = False,
+  scan: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -181,6 +183,7 @@ def build(
     drop_path: rate of stochastic depth of the last block; the first has 0.
     head_bias: initial bias of the classifier (-6.9 or -10 with a sigmoid loss).
     remat: whether blocks are computed again in the backward pass, to save memory.
+    scan: whether equal blocks are compiled once, and their variables stacked.
 
   Raises:
     ValueError: for an image size that patches do not tile, an operator that needs a map, or a norm
@@ -247,6 +250,7 @@ def build(
     learned_position=position == 'learned',
     dropout=dropout,
     remat=remat,
+    scan=scan,
     **types,
   )
   pools = {

@@ -1,0 +1,50 @@
+"""Training steps compiled for TPUs that are not there, and what their text says."""
+
+import pytest
+
+from configs import coatnet0
+from vision_attention import aot
+
+PROGRAM = """
+  %a = bf16[4,8]{1,0} all-reduce(%x), replica_groups={}
+  %b = (f32[16]{0}, f32[16]{0}) all-reduce-start(%y), replica_groups={}
+  %c = f32[16]{0} all-reduce-done(%b)
+  %d = f32[2,3]{1,0:T(8,128)} all-gather(%z), dimensions={0}
+  %e = f32[2,3]{1,0} add(%d, %d)
+"""
+
+
+@pytest.mark.fast
+def test_collectives_are_counted_with_their_bytes():
+  assert aot.collectives(PROGRAM) == {'all-reduce': (2, 64 + 64), 'all-gather': (1, 24)}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+  ('topology', 'message'),
+  [('v9:2x2', "chip of the topology 'v9' is unknown"), ('v4', 'does not read like v4:2x2x1')],
+)
+def test_unknown_topologies_are_refused(topology, message):
+  with pytest.raises(ValueError, match=message):
+    aot.devices(topology)
+
+
+@pytest.mark.aot
+def test_a_step_compiles_for_a_slice_and_says_what_it_holds():
+  pytest.importorskip('libtpu', reason='libtpu exists for Linux on x86-64 only')
+  config = coatnet0.get_config('local')
+  with config.unlocked():
+    config.model.options.update(depths=(1, 1), dims=(8, 16), stem_dim=8, head_dim=8)
+    config.model.options.update(layout='CT', strides=(2, 2))
+  report = aot.compile_step(config, 'v4:2x2x1', batch_per_device=4)
+  assert (report.devices, report.batch) == (4, 4)
+  assert 0 < report.macs < 1e9
+  # Parameters, two moments and averages; the step's results lie where they lay.
+  assert report.arguments > 0
+  assert report.aliased > 0.9 * report.outputs
+  count, size = report.collectives['all-reduce']
+  assert count > 0
+  assert size > 0
+  with pytest.raises(ValueError, match='not a multiple of 4'):
+    config.batch_size = 6
+    aot.compile_step(config, 'v4:2x2x1')

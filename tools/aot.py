@@ -1,0 +1,89 @@
+"""Compiles a config's training step for TPUs that need not be there, and prints what it holds.
+
+  python tools/aot.py --config=configs/coatnet0.py --topology=v4:2x2x1
+  python tools/aot.py --config=configs/vit_s16.py --topology=v5e:16x16 --batch_per_device=64
+  python tools/aot.py --config=configs/coatnet0.py --config.model.options.remat=True --fit
+
+Overrides of the config are those of main.py; options of the model that the config does not set are
+given by `--options="{'remat': True}"`. Topologies: v2:2x2, v3:2x2, v4:2x2x1 ... v4:8x8x8, v5e:2x2,
+v5p:2x2x1, v6e:2x2, ... . `--fit` looks for the largest power of two of images per device that fits.
+Memory is exact; of speed, a program that does not run says nothing. Needs libtpu (pip install
+libtpu), Linux.
+"""
+
+import ast
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from vision_attention import aot
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file('config', None, 'Config file, with arguments after a colon.')
+flags.DEFINE_string('topology', 'v4:2x2x1', 'Chip and shape.')
+flags.DEFINE_integer('batch_per_device', 0, "Images per device; 0 for the config's batch.")
+flags.DEFINE_string('options', '', 'Options of the model, as a Python dict.')
+flags.DEFINE_bool('fit', False, 'Search the largest batch per device.')
+flags.DEFINE_bool('row', False, 'Print one row of a Markdown table.')
+flags.mark_flag_as_required('config')
+_GIB = 2**30
+
+
+def _print(name: str, report: aot.Report) -> None:
+  gib = lambda size: f'{size / _GIB:.2f} GiB'
+  if FLAGS.row:
+    print(
+      f'| {name} | {report.batch} x {report.devices} | {gib(report.arguments)} | '
+      f'{gib(report.temporaries)} | {gib(report.total)} | {report.macs / 1e9:.2f} G | '
+      f'{report.seconds:.0f} s |'
+    )
+    return
+  print(f'model         {name}, {report.macs / 1e9:.3f} G multiply-adds per image, forward')
+  print(f'batch         {report.batch} images on each of {report.devices} devices')
+  print(f'arguments     {gib(report.arguments)} (state and batch)')
+  print(f'temporaries   {gib(report.temporaries)}')
+  print(f'outputs       {gib(report.outputs)}, {gib(report.aliased)} of them in place')
+  limit = aot.HBM.get(FLAGS.topology.partition(':')[0])
+  print(f'together      {gib(report.total)}' + (f' of {gib(limit)}' if limit else ''))
+  for kind, (count, size) in sorted(report.collectives.items()):
+    print(f'{kind:<19} {count} in the program, {size / 2**20:.1f} MiB')
+  print(f'compilation   {report.seconds:.0f} s on this machine')
+
+
+def _fit(config) -> aot.Report | None:
+  """Doubles the batch until it no longer fits."""
+  best, batch = None, FLAGS.batch_per_device or 16
+  while True:
+    try:
+      best = aot.compile_step(config, FLAGS.topology, batch)
+    except aot.DoesNotFitError:
+      return best
+    print(f'{batch} images fit: {best.total / _GIB:.2f} GiB', file=sys.stderr)
+    batch *= 2
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments {argv[1:]}')
+  config = FLAGS.config
+  if FLAGS.options:
+    with config.unlocked():
+      config.model.options.update(ast.literal_eval(FLAGS.options))
+  try:
+    if FLAGS.fit:
+      report = _fit(config)
+      if report is None:
+        raise aot.DoesNotFitError('not even the smallest batch fits: use remat, or more devices')
+    else:
+      report = aot.compile_step(config, FLAGS.topology, FLAGS.batch_per_device or None)
+  except (ValueError, ModuleNotFoundError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  _print(config.model.name, report)
+
+
+if __name__ == '__main__':
+  sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # configs import each other
+  app.run(main)
