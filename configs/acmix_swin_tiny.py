@@ -32,7 +32,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     raise ValueError(f'the code has no recipe for {args.variant!r}: it has {", ".join(_DROP_PATH)}')
   common.use_data(config, args.data)
   common.deit_augmentation(config)
-  config.erasing.prob = 0.25
   config.data.eval_ops = ('center_crop({size}, ratio=0.875)',)
   config.model.options = {'drop_path': _DROP_PATH[args.variant]}
   config.total = '300 epochs'

@@ -102,14 +102,18 @@ def local(config: ml_collections.ConfigDict, data: str = 'digits', *, size: int 
     config.eval.every = '1 epochs'
 
 
-def deit_augmentation(config: ml_collections.ConfigDict) -> None:
+def deit_augmentation(config: ml_collections.ConfigDict, *, interpolation: str = 'bicubic') -> None:
   """Sets the augmentation of DeiT (arXiv 2012.12877, Table 9), which many later recipes share.
 
   Crops, flips, RandAugment in timm's form `rand-m9-mstd0.5-inc1`, mixup, CutMix, random erasing and
   smoothed labels.
+
+  Args:
+    config: changed in place.
+    interpolation: of crops; `random` where a recipe leaves timm's default.
   """
   config.data.train_ops = (
-    'random_resized_crop({size}, area=(0.08, 1.0))',
+    f'random_resized_crop({{size}}, area=(0.08, 1.0), interpolation="{interpolation}")',
     'flip()',
     'rand_augment(2, 9, prob=0.5, magnitude_std=0.5, increasing=True)',
   )

@@ -65,7 +65,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 def _train(config: ml_collections.ConfigDict, weight_decay: float) -> None:
   common.deit_augmentation(config)
-  config.erasing.prob = 0.25
   config.total = '300 epochs'
   config.batch_size = 2048
   config.optimizer.name = 'adamw'

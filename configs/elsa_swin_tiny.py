@@ -31,8 +31,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   if args.variant not in _DROP_PATH:
     raise ValueError(f'no recipe for {args.variant!r}: there are {", ".join(_DROP_PATH)}')
   common.use_data(config, args.data)
-  common.deit_augmentation(config)
-  config.erasing.prob = 0.25
+  common.deit_augmentation(config, interpolation='random')
   config.model.options = {'drop_path': _DROP_PATH[args.variant]}
   config.data.eval_ops = ('center_crop({size}, ratio=0.9)',)
   # Ten more epochs at the smallest rate follow those of the schedule.

@@ -59,7 +59,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     return _local(config, args.data)
   common.use_data(config, args.data)
   common.deit_augmentation(config)
-  config.erasing.prob = 0.25
   config.image_size = 384 if args.variant.endswith('_img384') else 224
   whole = config.image_size >= 384
   config.data.eval_ops = ('resize({size})' if whole else 'center_crop({size}, ratio=0.875)',)

@@ -57,7 +57,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     *config.data.train_ops[:2],
     'rand_augment(6, 9, prob=0.5, magnitude_std=0.5, increasing=True)',
   )
-  config.erasing.prob = 0.25
   config.image_size = args.size or (384 if args.init else 224)
   config.data.eval_ops = ('center_crop({size}, ratio=0.875)',)
   config.model.options = {'drop_path': _DROP_PATH[size]}

@@ -12,8 +12,8 @@ Published top-1 of training on ImageNet-1k at 224 pixels for 300 epochs: QnA-T 8
 windows 82.0, -S 83.2, -B 83.7 (83.9 in the authors' code, with the longer warm-up that is here).
 Cost: not published. The runs have not been repeated here.
 
-What differs from the original: no random erasing and no colour jitter after RandAugment; mixup and
-CutMix draw their shares from a Beta distribution.
+What differs from the original: no colour jitter after RandAugment; mixup and CutMix draw their
+shares from a Beta distribution.
 
 `local` trains a small QnA-ViT on scikit-learn's digits, in a minute or two on two CPU cores, to at
 least 90 % of the 355 test images.

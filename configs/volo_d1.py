@@ -61,11 +61,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     raise ValueError(f'no recipe for {args.variant!r}: there are volo_{", volo_".join(_RECIPES)}')
   drop_path, rate, batch, fine_size = _RECIPES[size]
   common.use_data(config, args.data)
-  common.deit_augmentation(config)
+  common.deit_augmentation(config, interpolation='random')
   # Tokens are mixed in place of images.
   config.mixing.mixup_alpha = 0.0
   config.mixing.cutmix_alpha = 0.0
-  config.erasing.prob = 0.25
   config.model.options = {'drop_path': drop_path, 'mix_token': 1.0}
   config.tokens.weight = 0.5
   if args.teacher:

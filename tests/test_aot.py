@@ -45,6 +45,6 @@ def test_a_step_compiles_for_a_slice_and_says_what_it_holds():
   count, size = report.collectives['all-reduce']
   assert count > 0
   assert size > 0
+  config.batch_size = 6
   with pytest.raises(ValueError, match='not a multiple of 4'):
-    config.batch_size = 6
     aot.compile_step(config, 'v4:2x2x1')

@@ -84,13 +84,6 @@ def test_scanned_blocks_keep_their_rates_of_stochastic_depth():
   model, _ = va.create_model('vit_ti16', num_classes=3, scan=True, **options)
   images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
   variables = model.init(jax.random.key(0), images)
-
-  @jax.jit
-  def train(key):
-    return model.apply(variables, images, train=True, rngs={'dropout': key})
-
-  first, second = train(jax.random.key(0)), train(jax.random.key(1))
-  assert jnp.isfinite(first).all()
   state = model.apply(
     variables,
     images,
@@ -100,7 +93,7 @@ def test_scanned_blocks_keep_their_rates_of_stochastic_depth():
     mutable=['intermediates'],
   )[1]
   flat = tree.flatten(state['intermediates'])
-  [stacked] = next(value for path, value in flat.items() if 'block01_05' in path)
+  [stacked] = flat['backbone/stage1/block01_05/block/drop_path2/__call__']
   assert stacked.shape[0] == 5
   assert (stacked[-1] == 0).all()
-  del second
+  assert (stacked[0] != 0).any()

@@ -1,5 +1,4 @@
-"""SAN (arXiv 2004.13621): networks of pairwise or patchwise vector attention, without a ResNet's
-stem or strides.
+"""SAN (arXiv 2004.13621): vector attention, pairwise or patchwise, in place of convolutions.
 
 `acmix_san*` are an own reading of the numbers that ACmix (arXiv 2111.14556, Table 1) gives for
 SAN hosts, without code: see `attention.san.VectorAttention.conv`.
