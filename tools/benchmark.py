@@ -96,10 +96,12 @@ def peak_bytes(name: str, kernel: int, *, size: int = 56, dim: int = 96, batch: 
   variables = jax.eval_shape(functools.partial(layer.init, train=False), jax.random.key(0), x)
 
   def loss(variables, x):
-    return jnp.square(layer.apply(variables, x, train=False)).sum()
+    y: Any = layer.apply(variables, x, train=False)
+    return jnp.square(y).sum()
 
   program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(variables, x).compile()
   plan = program.memory_analysis()
+  assert plan is not None
   return plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
 
 

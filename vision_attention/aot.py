@@ -144,7 +144,9 @@ def compile_step(config: Any, topology: str, batch_per_device: int | None = None
       raise
     raise DoesNotFitError(str(error).splitlines()[0]) from error
   seconds = time.monotonic() - began
-  memory = compiled.memory_analysis()
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  assert memory is not None
+  assert text is not None
   return Report(
     devices=len(found),
     batch=batch // len(found),
@@ -153,7 +155,7 @@ def compile_step(config: Any, topology: str, batch_per_device: int | None = None
     aliased=memory.alias_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
     macs=macs.count_macs(plan.model, image_size=plan.info.image_size),
-    collectives=collectives(compiled.as_text()),
+    collectives=collectives(text),
     seconds=seconds,
   )
 

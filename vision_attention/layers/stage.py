@@ -56,12 +56,13 @@ class Stage(nn.Module):
     rates = [_rate(block) for block in self.blocks[first : last + 1]]
     # A rate of zero is left as it is: nothing is drawn.
     xs = jnp.asarray(rates) if any(rates) else None
+    axes: Any = nn.broadcast if xs is None else 0
     body = nn.remat(_Repeated, prevent_cse=False) if self.remat else _Repeated
     scanned = nn.scan(
       body,
       variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0},
       split_rngs={'params': True, 'dropout': True},
-      in_axes=0 if xs is not None else nn.broadcast,
+      in_axes=axes,
       length=last - first + 1,
     )
     return scanned(self.blocks[first], train, name=f'block{first:02d}_{last:02d}')(x, xs)[0]

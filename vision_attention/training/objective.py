@@ -153,8 +153,8 @@ def make(
       tokens = found['tokens']
       wanted = targets.get('tokens', targets['labels'][:, None, None])
       wanted = jnp.broadcast_to(wanted, tokens.shape)
-      flat = (a.reshape(-1, a.shape[-1]) for a in (tokens, wanted))
-      total += token_weight * losses.classification(*flat, 'softmax').mean()
+      logits, wanted = (a.reshape(-1, a.shape[-1]) for a in (tokens, wanted))
+      total += token_weight * losses.classification(logits, wanted, 'softmax').mean()
     return total, changed.get('batch_stats', batch_stats)
 
   return loss
