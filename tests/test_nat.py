@@ -356,7 +356,8 @@ def test_recipes_are_those_of_the_code():
     1e-3,
   )
   assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.05, 5.0)
-  assert (config.schedule.warmup, config.schedule.cooldown) == ('20 epochs', '10 epochs')
+  assert (config.schedule.warmup, config.schedule.hold) == ('20 epochs', '10 epochs')
+  assert config.schedule.warmup_init * config.optimizer.learning_rate == pytest.approx(1e-6)
   assert config.schedule.final * config.optimizer.learning_rate == pytest.approx(5e-6)
   assert config.model.options.drop_path == 0.5
   tuned = nat_tiny.get_config('variant=dinat_large_384,init=run')
