@@ -4,12 +4,9 @@ import gc
 import os
 import pathlib
 
-# Traced programs are many small objects that stay: looking through them for garbage as often as
-# Python does by default takes a fifth of the time.
-gc.set_threshold(200_000, 20, 100)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Children and workers that the tests start inherit these. Without the first, glibc gives every large
-# buffer back to the kernel and has it cleared again.
+# Children and workers inherit these. Without the next, glibc gives every large buffer back to the
+# kernel and has it cleared again.
 os.environ.setdefault(
   'GLIBC_TUNABLES',
   'glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592'
@@ -31,6 +28,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+# Traced programs are many small objects that stay: looking through them for garbage as often as
+# Python does by default takes a fifth of the time.
+gc.set_threshold(200_000, 20, 100)
 # Compilation makes single examples slow; the seed is fixed so that a failure repeats.
 settings.register_profile('project', deadline=None, max_examples=8, derandomize=True)
 settings.load_profile('project')
