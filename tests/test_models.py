@@ -217,15 +217,18 @@ def test_conventions_follow_the_weights():
   np.testing.assert_array_equal(timm.apply(variables, images), marked['timm'])
 
 
-@pytest.mark.fast
 def test_transfer_resizes_tables_and_makes_the_head_anew():
   options = {key: value for key, value in TINY['coatnet_0'].items() if key != 'image_size'}
   small, large = (
     va.create_model('coatnet_0', num_classes=k, image_size=size, **options)[0]
     for k, size in ((5, 64), (7, 96))
   )
-  loaded = small.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-  init = large.init(jax.random.key(1), jnp.zeros((1, 96, 96, 3)))
+  shapes = [
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    for model, size in ((small, 64), (large, 96))
+  ]
+  rng = np.random.default_rng(0)
+  loaded, init = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
   variables, report = transfer.transfer('coatnet_0', loaded, init)
   assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, init)
   assert all('relative_position' in path for path in report.resized)
