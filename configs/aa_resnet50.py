@@ -77,8 +77,6 @@ def _local(
   config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
   """Attention over 4x4 positions, interpolated to 8x8, and over 4x4."""
-  if args.variant != 'aa_resnet_50' or args.batch:
-    raise ValueError('local is a model and recipe of its own: only data goes with it')
   common.local(config, args.data, size=16)
   config.model.options = {
     'depths': (1, 1, 2),

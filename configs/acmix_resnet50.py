@@ -56,8 +56,6 @@ def _local(
   config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
   """Mixed on 12x12 and 6x6 positions."""
-  if args.variant != 'acmix_resnet_50' or args.batch != 128 or args.epochs != 90:
-    raise ValueError('local is a model and recipe of its own: only data goes with it')
   common.local(config, args.data, size=12)
   config.model.options = {'depths': (1, 1), 'width': 16, 'stem': 'small', 'kernel': 5}
   return config

@@ -23,7 +23,13 @@ from configs import common
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   args = common.parse_arg(
-    arg, module='', variant='resnet_50', data='imagenet2012', epochs=100, local=False
+    arg,
+    with_local=('data', 'module', 'variant'),
+    module='',
+    variant='resnet_50',
+    data='imagenet2012',
+    epochs=100,
+    local=False,
   )
   config = common.get_config()
   config.model.name = args.variant

@@ -40,8 +40,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
-    if args.variant != 'botnet_t3' or args.last_stride:
-      raise ValueError('local is a model and recipe of its own: only data goes with it')
     return _local(config, args.data)
   common.use_data(config, args.data)
   config.batch_size = 4096

@@ -130,8 +130,6 @@ def _local(
   config: ml_collections.ConfigDict, data: str, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
   """Small enough for a laptop, with every part of the real recipe in it."""
-  if args.variant != 'coatnet_0' or args.size or args.init:
-    raise ValueError('local is a model and recipe of its own: only data goes with it')
   common.local(config, data)
   config.model.options = {
     'depths': (1, 1, 2, 1),

@@ -6,6 +6,7 @@ for `image_size`.
 """
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -21,15 +22,19 @@ DATASETS = {
 }
 
 
-def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
+def parse_arg(
+  arg: str, *, with_local: Sequence[str] = ('data',), **defaults: Any
+) -> ml_collections.ConfigDict:
   """Reads `key=value,key=value` after a config's colon; `key` alone means `key=True`.
 
   Args:
     arg: the text after the colon.
+    with_local: what may be other than its default where `local` is given, which is a model and
+      recipe of its own.
     **defaults: every allowed key with its default, whose type the value takes.
 
   Raises:
-    ValueError: for an unknown key or a value of another type.
+    ValueError: for an unknown key, a value of another type, or one that `local` would not heed.
   """
   values = dict(defaults)
   for item in filter(None, (arg or '').split(',')):
@@ -48,6 +53,13 @@ def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
       raise ValueError(f'config argument {key}={text!r} is not a {kind.__name__}') from None
     if kind is not bool and not given:
       raise ValueError(f'config argument {key!r} needs a value: {key}=...')
+  if values.get('local'):
+    for key in values.keys() - {'local', *with_local}:
+      if values[key] != defaults[key]:
+        raise ValueError(
+          f'local is a model and recipe of its own: only {", ".join(with_local)} goes with it, not '
+          f'{key}={values[key]!r}'
+        )
   return ml_collections.ConfigDict(values)
 
 

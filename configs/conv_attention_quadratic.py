@@ -27,7 +27,12 @@ from configs import common
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   args = common.parse_arg(
-    arg, variant='conv_attention_quadratic', data='cifar10', init='', local=False
+    arg,
+    with_local=('data', 'variant'),
+    variant='conv_attention_quadratic',
+    data='cifar10',
+    init='',
+    local=False,
   )
   config = common.get_config()
   config.model.name = args.variant
@@ -80,8 +85,8 @@ def _local(
   config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
   """Nine heads over 8x8 positions."""
-  if args.variant == 'resnet_18' or args.init:
-    raise ValueError('local is for conv_attention_*, and starts from nothing')
+  if args.variant == 'resnet_18':
+    raise ValueError('local is for conv_attention_*')
   common.local(config, 'digits' if args.data == 'cifar10' else args.data, size=16)
   config.model.options = {'dim': 48, 'depth': 3, 'num_heads': 9, 'mlp_dim': 96}
   config.optimizer.weight_decay_mask = ('/kernel$',)

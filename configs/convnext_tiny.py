@@ -68,8 +68,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
-    if args.variant != 'convnext_tiny' or args.size != 224 or args.init:
-      raise ValueError('local is a model and recipe of its own: only data goes with it')
     return _local(config, args.data)
   common.use_data(config, args.data)
   common.deit_augmentation(config)

@@ -42,8 +42,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
-    if args.variant != 'cvt_13' or args.size or args.init:
-      raise ValueError('local is a model and recipe of its own: only data goes with it')
     return _local(config, args.data)
   if args.variant not in _RECIPES:
     raise ValueError(f'no recipe for {args.variant!r}: there are {", ".join(_RECIPES)}')

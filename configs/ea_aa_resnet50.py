@@ -25,6 +25,7 @@ _MEAN = (123.68, 116.78, 103.94)
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   args = common.parse_arg(
     arg,
+    with_local=('data', 'alpha', 'beta'),
     variant='ea_aa_resnet_50',
     data='imagenet2012',
     batch=256,
@@ -36,8 +37,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.model.name = args.variant
   options = {'alpha': args.alpha, 'beta': args.beta}
   if args.local:
-    if args.variant != 'ea_aa_resnet_50' or args.batch != 256:
-      raise ValueError('local is a model and recipe of its own: only data, alpha, beta go with it')
     return _local(config, args.data, options)
   config.model.options = options
   common.use_data(config, args.data)

@@ -29,7 +29,13 @@ from configs import common
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   args = common.parse_arg(
-    arg, variant='gc_resnet_50', data='imagenet2012', batch=256, init='', local=False
+    arg,
+    with_local=('data', 'variant'),
+    variant='gc_resnet_50',
+    data='imagenet2012',
+    batch=256,
+    init='',
+    local=False,
   )
   config = common.get_config()
   config.model.name = args.variant
@@ -63,8 +69,8 @@ def _local(
   config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
   """Maps of 16x16, 8x8 and 4x4 positions; context blocks in the last two stages."""
-  if args.variant not in ('gc_resnet_50', 'nl_resnet_50') or args.init or args.batch != 256:
-    raise ValueError('local is a model and recipe of its own: only data goes with it')
+  if args.variant not in ('gc_resnet_50', 'nl_resnet_50'):
+    raise ValueError('local is for gc_resnet_50 and nl_resnet_50')
   common.local(config, args.data, size=16)
   config.model.options = {
     'depths': (1, 1, 2),

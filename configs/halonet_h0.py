@@ -73,8 +73,6 @@ def _local(
   config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
   """Small enough for a laptop; 8x8 maps of two blocks by two, then one block."""
-  if args.variant != 'halonet_h0' or args.conv:
-    raise ValueError('local is a model and recipe of its own: only data goes with it')
   common.local(config, args.data)
   config.model.options = {
     'depths': (1, 1),

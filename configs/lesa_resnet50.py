@@ -52,8 +52,6 @@ def _local(
   config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
   """Attention over 8x8 positions in the last of three stages."""
-  if args.variant != 'lesa_resnet_50' or args.batch != 128:
-    raise ValueError('local is a model and recipe of its own: only data goes with it')
   common.local(config, args.data, size=16)
   config.total = '12 epochs'
   config.model.options = {

@@ -41,8 +41,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
-    if args.variant != 'mvitv2_tiny' or args.size or args.init:
-      raise ValueError('local is a model and recipe of its own: only data goes with it')
     return _local(config, args.data)
   size = args.variant.removesuffix('_cls').removeprefix('mvitv2_')
   if size not in _DROP_PATH:

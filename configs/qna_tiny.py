@@ -33,8 +33,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
-    if args.variant != 'qna_tiny' or args.size != 224 or args.init:
-      raise ValueError('local is a model and recipe of its own: only data goes with it')
     return _local(config, args.data)
   if args.variant not in _DROP_PATH:
     raise ValueError(f'the code has no recipe for {args.variant!r}: it has {", ".join(_DROP_PATH)}')

@@ -27,6 +27,7 @@ from configs import common
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   args = common.parse_arg(
     arg,
+    with_local=('data', 'stem'),
     variant='sasa_resnet_50',
     data='imagenet2012',
     epochs=130,
@@ -69,8 +70,6 @@ def _local(
   config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
   """Small enough for a laptop."""
-  if args.variant != 'sasa_resnet_50' or args.kernel != 7:
-    raise ValueError('local is a model and recipe of its own: only data and stem go with it')
   common.local(config, args.data)
   config.model.options = {
     'depths': (1, 1),

@@ -29,6 +29,7 @@ _DEMONSTRATIONS = ('digits', 'fashion_mnist')
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   args = common.parse_arg(
     arg,
+    with_local=('data', 'module', 'variant', 'fold', 'seed', 'weights', 'epochs', 'init', 'source'),
     module='none',
     variant='resnet_18',
     data='ham10000',

@@ -53,8 +53,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
-    if args.variant != 'volo_d1' or args.size or args.init or args.teacher:
-      raise ValueError('local is a model and recipe of its own: only data goes with it')
     return _local(config, args.data)
   size = args.variant.removeprefix('elsa_').removeprefix('volo_')
   if size not in _RECIPES:

@@ -1,6 +1,7 @@
 """What every model file is made of: a table of variants and a classifier of backbone and head."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,6 +57,25 @@ class Parts:
 
   backbone: ModuleDef
   head: ModuleDef
+
+
+def extends(parent: Callable[..., Parts], *without: str) -> Callable[..., Any]:
+  """Gives a `build(..., **options)` the options of the one that it calls.
+
+  Models are created with the options of a `build`'s signature: that of the decorated one has its
+  own and, of its parent's, those that are neither its own nor in `without`, which it sets itself.
+  """
+
+  def decorate(build: Callable[..., Parts]) -> Callable[..., Parts]:
+    mine = inspect.signature(build).parameters
+    own = [each for each in mine.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    theirs = inspect.signature(parent).parameters.items()
+    inherited = [each for name, each in theirs if name not in mine and name not in without]
+    signature = inspect.Signature([*own, *inherited], return_annotation=Parts)
+    build.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    return build
+
+  return decorate
 
 
 class Classifier(nn.Module):

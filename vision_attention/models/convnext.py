@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -14,13 +13,12 @@ from vision_attention.layers import (
   conv,
   drop_path,
   heads,
-  layer_scale,
   mlp,
   norm,
   patch_embed,
-  stage,
 )
-from vision_attention.models import base, reference, resnet_blocks
+from vision_attention.layers import layer_scale as scales
+from vision_attention.models import base, hierarchy, reference, resnet_blocks
 
 ModuleDef = Callable[..., nn.Module]
 PerBlock = Sequence[Sequence[operators.Spec | None]]
@@ -72,43 +70,6 @@ class Downsample(nn.Module):
   def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
     y = self.norm(name='norm')(x, train=train)
     return self.conv(self.dim, 2, 2, padding='valid', name='conv')(y)
-
-
-class ConvNeXt(nn.Module):
-  """Patches, then stages of blocks; the features are the last map of every stage.
-
-  Attributes:
-    stem: from images to the first map.
-    stages: per stage, its blocks.
-    downsamples: what precedes every stage but the first.
-    remat: whether blocks are computed again in the backward pass.
-  """
-
-  stem: ModuleDef
-  stages: Sequence[Sequence[ModuleDef]]
-  downsamples: Sequence[ModuleDef]
-  remat: bool = False
-  scan: bool = False
-  dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, images: Float[Array, 'b h w c'], *, train: bool
-  ) -> dict[str, Float[Array, 'b p q d']]:
-    smallest = 4 * 2 ** len(self.downsamples)
-    if min(images.shape[1:3]) < smallest:
-      raise ValueError(
-        f'images are {images.shape[1]}x{images.shape[2]}, of which {len(self.stages)} stages leave '
-        f'no pixel: the smallest side is {smallest}'
-      )
-    x = self.stem(name='stem')(images.astype(self.dtype), train=train)
-    features = {}
-    for i, blocks in enumerate(self.stages, 1):
-      if i > 1:
-        x = self.downsamples[i - 2](name=f'downsample{i}')(x, train=train)
-      x = stage.Stage(blocks, self.remat, scan=self.scan, name=f'stage{i}')(x, train=train)
-      features[f'stage{i}'] = x
-    return features
 
 
 def build(
@@ -170,6 +131,7 @@ def build(
     conv.Conv, padding='symmetric', use_bias=True, kernel_init=INIT, **types
   )
   layer_norm = functools.partial(norm.LayerNorm, epsilon=norm_epsilon, **types)
+  scale = scales.define(layer_scale, **types)
   per_block: Any = attn if resnet_blocks.is_nested(attn) else [[attn] * n for n in depths]
   rates = drop_path_rates(drop_path, depths)
 
@@ -183,29 +145,58 @@ def build(
       dim=dims[i],
       kernel_size=kernel_size,
       attn=operator,
-      layer_scale=_scale(layer_scale, types),
+      layer_scale=scale,
       drop_path=rates[i][j],
       conv=layer,
       mlp=functools.partial(mlp.Mlp, activation=activation, kernel_init=INIT, **types),
       norm=layer_norm,
     )
 
-  backbone = functools.partial(
-    ConvNeXt,
-    stem=functools.partial(
-      patch_embed.PatchEmbed, dim=dims[0], patch=4, pad=False, conv=layer, norm=layer_norm
-    ),
-    stages=[[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
-    downsamples=[functools.partial(Downsample, dim, layer, layer_norm) for dim in dims[1:]],
+  return assemble(
+    [[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
+    dims,
+    num_classes=num_classes,
+    conv_layer=layer,
+    norm_layer=layer_norm,
+    dropout=dropout,
+    head_init_scale=head_init_scale,
     remat=remat,
     scan=scan,
-    dtype=dtype,
+    **types,
+  )
+
+
+def assemble(
+  stages: Sequence[Sequence[ModuleDef]],
+  dims: Sequence[int],
+  *,
+  num_classes: int,
+  conv_layer: ModuleDef,
+  norm_layer: ModuleDef,
+  dropout: float,
+  head_init_scale: float,
+  remat: bool,
+  scan: bool,
+  **types: Any,
+) -> base.Parts:
+  """Returns backbone and head of ConvNeXt around the blocks of every stage, which may be others."""
+  backbone = functools.partial(
+    hierarchy.Hierarchy,
+    stem=functools.partial(
+      patch_embed.PatchEmbed, dim=dims[0], patch=4, pad=False, conv=conv_layer, norm=norm_layer
+    ),
+    stages=stages,
+    downsamples=[functools.partial(Downsample, dim, conv_layer, norm_layer) for dim in dims[1:]],
+    smallest=2 ** (len(dims) + 1),
+    remat=remat,
+    scan=scan,
+    dtype=types['dtype'],
   )
   head = functools.partial(
     heads.LinearHead,
     num_classes=num_classes,
-    feature=f'stage{len(depths)}',
-    norm=layer_norm,
+    feature=f'stage{len(stages)}',
+    norm=norm_layer,
     dropout=dropout,
     kernel_init=nn.initializers.normal(0.02 * head_init_scale),
     **types,
@@ -216,12 +207,6 @@ def build(
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
   """Returns the rate of every block."""
   return drop_path.linear_rates(rate, depths)
-
-
-def _scale(init_value: float | None, types: Mapping[str, Any]) -> ModuleDef | None:
-  return (
-    None if init_value is None else functools.partial(layer_scale.LayerScale, init_value, **types)
-  )
 
 
 def _variant(dim, depth, params, gmacs, top1, source) -> base.Variant:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax.typing import DTypeLike
 
 from vision_attention.attention import elsa
 from vision_attention.models import base, reference, swin
@@ -17,58 +16,31 @@ from vision_attention.models import base, reference, swin
 RESIZE = swin.RESIZE
 
 
+@base.extends(swin.build, 'attn', 'padding')
 def build(
   *,
-  num_classes: int,
-  image_size: tuple[int, int],
-  dtype: DTypeLike,
-  param_dtype: DTypeLike,
   depths: Sequence[int],
-  dim: int,
-  num_heads: Sequence[int],
   stages: Sequence[int] = (1, 2, 3),
   kernel: int = 7,
   dilation: int = 1,
   group_width: int = 8,
   mul_power: int = 0,
   add_scale: float = 1.0,
-  window: int | Sequence[int] = 7,
-  window_policy: str = 'fixed',
-  fit: str = 'axis',
-  mlp_ratio: float = 4,
   qkv_bias: bool = True,
-  activation: str = 'gelu_exact',
-  norm_epsilon: float = 1e-5,
-  dropout: float = 0.0,
-  drop_path: float = 0.0,
-  remat: bool = False,
+  **options: Any,
 ) -> base.Parts:
   """Builds backbone and head.
 
   Args:
-    num_classes: outputs of the head.
-    image_size: height and width; any, see `swin.build`.
-    dtype: of activations.
-    param_dtype: of parameters.
     depths: blocks per stage.
-    dim: width of the first stage; every further stage has twice that of the one before.
-    num_heads: per stage.
     stages: stages with ELSA, counted from 1; the others have window attention.
     kernel: side of the neighbourhood, odd.
     dilation: distance of its taps.
     group_width: channels of a group of the convolution that makes the attention map.
     mul_power: exponent of what multiplies attention maps, 0 for none (`attention.elsa`).
     add_scale: factor of what is added to them, 0 for none.
-    window: side of a window, or height and width.
-    window_policy: `fixed` or `scale`, see `swin.build`.
-    fit: what becomes of windows larger than a map, see `ops.windows.tile`.
-    mlp_ratio: width inside the MLP relative to the block's.
-    qkv_bias: whether query, key and value have biases.
-    activation: a name of `ops.activation`.
-    norm_epsilon: of LayerNorm.
-    dropout: after attention and within the MLP.
-    drop_path: rate of stochastic depth of the last block; the first has 0.
-    remat: whether blocks are computed again in the backward pass, to save memory.
+    qkv_bias: whether query, key and value have biases, in either attention.
+    **options: of `swin.build`.
   """
   enhanced = functools.partial(
     elsa.EnhancedLocalAttention,
@@ -80,26 +52,7 @@ def build(
     qkv_bias=qkv_bias,
   )
   attn = [[enhanced if i in stages else 'window'] * depth for i, depth in enumerate(depths, 1)]
-  return swin.build(
-    num_classes=num_classes,
-    image_size=image_size,
-    dtype=dtype,
-    param_dtype=param_dtype,
-    depths=depths,
-    dim=dim,
-    num_heads=num_heads,
-    window=window,
-    window_policy=window_policy,
-    fit=fit,
-    mlp_ratio=mlp_ratio,
-    qkv_bias=qkv_bias,
-    attn=attn,
-    activation=activation,
-    norm_epsilon=norm_epsilon,
-    dropout=dropout,
-    drop_path=drop_path,
-    remat=remat,
-  )
+  return swin.build(depths=depths, attn=attn, qkv_bias=qkv_bias, **options)
 
 
 _ORIGIN = 'github.com/damo-cv/ELSA, cls/models'

@@ -6,11 +6,11 @@ from typing import Any
 
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
 
 from vision_attention.attention import gated_convolution, operators
-from vision_attention.layers import conv, drop_path, heads, layer_scale, mlp, norm, patch_embed
-from vision_attention.models import base, convnext, reference, resnet_blocks
+from vision_attention.layers import conv, drop_path, mlp, norm
+from vision_attention.layers import layer_scale as scales
+from vision_attention.models import base, convnext, reference, resnet_blocks, vit
 from vision_attention.ops import global_filter
 
 ModuleDef = Callable[..., nn.Module]
@@ -18,32 +18,6 @@ PerBlock = Sequence[Sequence[operators.Spec]]
 # The code bounds the normal distribution at 2, a hundred times its spread.
 INIT = nn.initializers.normal(0.02)
 RESIZE = {r'params/backbone/.*/attn/depthwise/filter': global_filter.resize}
-
-
-class Block(nn.Module):
-  """`x + scale1 * Attn(LN(x))`, then `x + scale2 * MLP(LN(x))` (figure 2).
-
-  Attributes:
-    attn: the operator, called with a name.
-    layer_scale: a learned factor per channel, or None.
-    drop_path: rate of stochastic depth.
-  """
-
-  attn: ModuleDef
-  mlp: ModuleDef
-  norm: ModuleDef
-  layer_scale: ModuleDef | None
-  drop_path: float
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b h w c']:
-    for i, (part, name) in enumerate(((self.attn, 'attn'), (self.mlp, 'mlp')), 1):
-      y = self.norm(name=f'norm{i}')(x, train=train)
-      y = part(name=name)(y, train=train)
-      if self.layer_scale is not None:
-        y = self.layer_scale(name=f'layer_scale{i}')(y)
-      x = x + drop_path.DropPath(self.drop_path, name=f'drop_path{i}')(y, train=train)
-    return x
 
 
 def build(
@@ -68,6 +42,7 @@ def build(
   drop_path: float = 0.0,
   head_init_scale: float = 1.0,
   remat: bool = False,
+  scan: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -94,6 +69,7 @@ def build(
     drop_path: rate of stochastic depth of the last block; the first has 0.
     head_init_scale: factor of the classifier's initial kernel.
     remat: whether blocks are computed again in the backward pass, to save memory.
+    scan: whether equal blocks are compiled once, and their variables stacked.
 
   Raises:
     ValueError: for numbers of stages that differ, an even kernel, or an order that does not fit a
@@ -114,6 +90,7 @@ def build(
     conv.Conv, padding='symmetric', use_bias=True, kernel_init=INIT, **types
   )
   layer_norm = functools.partial(norm.LayerNorm, epsilon=norm_epsilon, **types)
+  scale = scales.define(layer_scale, **types)
   rates = drop_path_rates(drop_path, depths)
   per_block: Any = attn if resnet_blocks.is_nested(attn) else [[attn] * n for n in depths]
 
@@ -130,11 +107,13 @@ def build(
         scale=gate_scale,
         norm_epsilon=norm_epsilon,
       )
-    return operators.bind(made, dim=dims[i], num_heads=counts[i], kernel_init=INIT, **types)
+    return operators.bind(made, kernel_init=INIT, **types)
 
   def block(i: int, j: int) -> ModuleDef:
     return functools.partial(
-      Block,
+      vit.EncoderBlock,
+      dim=dims[i],
+      num_heads=counts[i],
       attn=mixer(i, j),
       mlp=functools.partial(
         mlp.Mlp,
@@ -144,41 +123,27 @@ def build(
         **types,
       ),
       norm=layer_norm,
-      layer_scale=_scale(layer_scale, types),
+      layer_scale=scale,
       drop_path=rates[i][j],
     )
 
-  backbone = functools.partial(
-    convnext.ConvNeXt,
-    stem=functools.partial(
-      patch_embed.PatchEmbed, dim=dim, patch=4, pad=False, conv=layer, norm=layer_norm
-    ),
-    stages=[[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
-    downsamples=[functools.partial(convnext.Downsample, d, layer, layer_norm) for d in dims[1:]],
-    remat=remat,
-    dtype=dtype,
-  )
-  head = functools.partial(
-    heads.LinearHead,
+  return convnext.assemble(
+    [[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
+    dims,
     num_classes=num_classes,
-    feature=f'stage{len(depths)}',
-    norm=layer_norm,
+    conv_layer=layer,
+    norm_layer=layer_norm,
     dropout=dropout,
-    kernel_init=nn.initializers.normal(0.02 * head_init_scale),
+    head_init_scale=head_init_scale,
+    remat=remat,
+    scan=scan,
     **types,
   )
-  return base.Parts(backbone, head)
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
   """Returns the rate of every block."""
   return drop_path.linear_rates(rate, depths)
-
-
-def _scale(init_value: float | None, types: Mapping[str, Any]) -> ModuleDef | None:
-  return (
-    None if init_value is None else functools.partial(layer_scale.LayerScale, init_value, **types)
-  )
 
 
 _CODE = 'github.com/raoyongming/HorNet'

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vision_attention.attention import levit, operators
-from vision_attention.layers import drop_path, fusable, stage
-from vision_attention.models import base, reference, resnet_blocks
+from vision_attention.layers import drop_path, fusable
+from vision_attention.models import base, hierarchy, reference, resnet_blocks
 from vision_attention.ops import activation, distance_bias
 
 ModuleDef = Callable[..., nn.Module]
@@ -84,41 +84,6 @@ class Block(nn.Module):
     return y + drop_path.DropPath(self.drop_path, name='drop_path2')(z, train=train)
 
 
-class Levit(nn.Module):
-  """The stem, then stages of blocks with a shrinking block before every stage but the first.
-
-  Features are the last map of every stage.
-
-  Attributes:
-    image_size: height and width that the tables are made for.
-    stem: from images to the first map.
-    stages: per stage, its blocks.
-    shrinks: what precedes every stage but the first.
-    remat: whether blocks are computed again in the backward pass.
-  """
-
-  image_size: tuple[int, int]
-  stem: ModuleDef
-  stages: Sequence[Sequence[ModuleDef]]
-  shrinks: Sequence[ModuleDef]
-  remat: bool = False
-  dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, images: Float[Array, 'b h w c'], *, train: bool
-  ) -> dict[str, Float[Array, 'b p q d']]:
-    base.check_image_size(images, self.image_size)
-    x = self.stem(name='stem')(images.astype(self.dtype), train=train)
-    features = {}
-    for i, blocks in enumerate(self.stages, 1):
-      if i > 1:
-        x = self.shrinks[i - 2](name=f'downsample{i}')(x, train=train)
-      x = stage.Stage(blocks, self.remat, name=f'stage{i}')(x, train=train)
-      features[f'stage{i}'] = x
-    return features
-
-
 class Head(nn.Module):
   """The mean over the map, then one classifier, or the mean of two (section 4.2).
 
@@ -179,6 +144,7 @@ def build(
   dropout: float = 0.0,
   drop_path: float = 0.0,
   remat: bool = False,
+  scan: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -204,6 +170,7 @@ def build(
     dropout: after attention.
     drop_path: rate of stochastic depth, the same in all branches.
     remat: whether blocks are computed again in the backward pass, to save memory.
+    scan: whether equal blocks are compiled once, and their variables stacked.
 
   Raises:
     ValueError: for numbers of stages that differ.
@@ -260,7 +227,7 @@ def build(
     return functools.partial(Block, attn=made, mlp=mlp, drop_path=drop_path, residual=False)
 
   backbone = functools.partial(
-    Levit,
+    hierarchy.Hierarchy,
     image_size=image_size,
     stem=functools.partial(
       Stem,
@@ -269,8 +236,9 @@ def build(
       layer=functools.partial(fusable.ConvNorm, **norms, **types),
     ),
     stages=[[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
-    shrinks=[shrink(i) for i in range(len(dims) - 1)],
+    downsamples=[shrink(i) for i in range(len(dims) - 1)],
     remat=remat,
+    scan=scan,
     dtype=dtype,
   )
   head = functools.partial(

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -21,13 +20,12 @@ from vision_attention.layers import (
   drop_path,
   heads,
   initializers,
-  layer_scale,
   mlp,
   norm,
   patch_embed,
-  stage,
 )
-from vision_attention.models import base, reference, resnet_blocks, swin
+from vision_attention.layers import layer_scale as scales
+from vision_attention.models import base, hierarchy, reference, resnet_blocks, swin, vit
 from vision_attention.ops import bicubic
 
 ModuleDef = Callable[..., nn.Module]
@@ -66,63 +64,6 @@ class Downsample(nn.Module):
     return self.norm(name='norm')(self.conv(self.dim, 3, 2, name='conv')(x), train=train)
 
 
-class Block(nn.Module):
-  """`x + s Attn(LN(x))`, then `x + s MLP(LN(x))`, with learned factors `s` per channel or none."""
-
-  dim: int
-  num_heads: int
-  attn: ModuleDef
-  mlp: ModuleDef
-  norm: ModuleDef
-  layer_scale: ModuleDef | None
-  drop_path: float
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b h w c']:
-    attn = operators.bind(self.attn, dim=self.dim, num_heads=self.num_heads)
-    for i, branch in enumerate((attn(name='attn'), self.mlp(name='mlp')), 1):
-      y = branch(self.norm(name=f'norm{i}')(x, train=train), train=train)
-      if self.layer_scale is not None:
-        y = self.layer_scale(name=f'layer_scale{i}')(y)
-      x = x + drop_path.DropPath(self.drop_path, name=f'drop_path{i}')(y, train=train)
-    return x
-
-
-class Nat(nn.Module):
-  """A stem, then stages of blocks, halved in between.
-
-  Features are the last map of every stage, that of the last stage after a norm.
-
-  Attributes:
-    stem: from images to the first map.
-    stages: per stage, its blocks.
-    downsamples: what precedes every stage but the first.
-    norm: after the last block.
-    remat: whether blocks are computed again in the backward pass.
-  """
-
-  stem: ModuleDef
-  stages: Sequence[Sequence[ModuleDef]]
-  downsamples: Sequence[ModuleDef]
-  norm: ModuleDef
-  remat: bool = False
-  dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, images: Float[Array, 'b h w c'], *, train: bool
-  ) -> dict[str, Float[Array, 'b p q d']]:
-    x = self.stem(name='stem')(images.astype(self.dtype), train=train)
-    features = {}
-    for i, blocks in enumerate(self.stages, 1):
-      if i > 1:
-        x = self.downsamples[i - 2](name=f'downsample{i}')(x, train=train)
-      x = stage.Stage(blocks, self.remat, name=f'stage{i}')(x, train=train)
-      features[f'stage{i}'] = x
-    features[f'stage{len(self.stages)}'] = self.norm(name='norm')(x, train=train)
-    return features
-
-
 def build(
   *,
   num_classes: int,
@@ -146,6 +87,7 @@ def build(
   dropout: float = 0.0,
   drop_path: float = 0.0,
   remat: bool = False,
+  scan: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -176,6 +118,7 @@ def build(
     dropout: after attention and within the MLP.
     drop_path: rate of stochastic depth of the last block; the first has 0.
     remat: whether blocks are computed again in the backward pass, to save memory.
+    scan: whether equal blocks are compiled once, and their variables stacked.
 
   Raises:
     ValueError: for an unknown choice, numbers of stages that differ, or heads that do not divide a
@@ -192,6 +135,7 @@ def build(
       raise ValueError(f'num_heads {num_heads} do not divide the widths {dims}: pass divisors')
   types: dict[str, Any] = {'dtype': dtype, 'param_dtype': param_dtype}
   layer_norm = functools.partial(norm.LayerNorm, epsilon=norm_epsilon, **types)
+  scale = scales.define(layer_scale, **types)
   convolution = functools.partial(
     conv.Conv, padding='symmetric', kernel_init=initializers.TORCH_KERNEL, **types
   )
@@ -212,7 +156,7 @@ def build(
     if operators.has_field(made, 'dilation'):
       made = operators.bind(made, kernel=kernel, dilation=dilation(i, j), qkv_bias=qkv_bias)
     return functools.partial(
-      Block,
+      vit.EncoderBlock,
       dim=dims[i],
       num_heads=num_heads[i],
       attn=made,
@@ -225,7 +169,7 @@ def build(
         **types,
       ),
       norm=layer_norm,
-      layer_scale=_scale(layer_scale, types),
+      layer_scale=scale,
       drop_path=rates[i][j],
     )
 
@@ -246,12 +190,13 @@ def build(
       for width in dims[1:]
     ]
   backbone = functools.partial(
-    Nat,
+    hierarchy.Hierarchy,
     stem=first,
     stages=[[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
     downsamples=between,
     norm=layer_norm,
     remat=remat,
+    scan=scan,
     dtype=dtype,
   )
   head = functools.partial(
@@ -267,12 +212,6 @@ def build(
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
   """Returns the rate of every block."""
   return drop_path.linear_rates(rate, depths)
-
-
-def _scale(init_value: float | None, types: Mapping[str, Any]) -> ModuleDef | None:
-  return (
-    None if init_value is None else functools.partial(layer_scale.LayerScale, init_value, **types)
-  )
 
 
 _NAT, _DINAT = "arXiv 2204.07143, authors' table", "arXiv 2209.15001, authors' table"

@@ -20,7 +20,7 @@ from vision_attention import errors
 from vision_attention.attention import operators, qna
 from vision_attention.attention import window as window_attention
 from vision_attention.layers import conv, drop_path, heads, mlp, norm
-from vision_attention.models import base, reference, swin
+from vision_attention.models import base, hierarchy, reference, swin
 
 ModuleDef = Callable[..., nn.Module]
 _SIZE = 224  # that windows are given for
@@ -200,11 +200,11 @@ def build(
       down = query_and_attend(i, chosen, 2)
       merges.append(block(i, rates[i][-1], down, 2 * num_heads[i], 2))
   backbone = functools.partial(
-    swin.Swin,
+    hierarchy.Hierarchy,
     image_size=image_size,
     stem=functools.partial(Stem, dim, convolution),
     stages=blocks,
-    merges=merges,
+    downsamples=merges,
     norm=layer_norm,
     remat=remat,
     dtype=dtype,

@@ -26,9 +26,8 @@ from vision_attention.layers import (
   mlp,
   norm,
   patch_embed,
-  stage,
 )
-from vision_attention.models import base, reference, resnet_blocks, vit
+from vision_attention.models import base, hierarchy, reference, resnet_blocks, vit
 from vision_attention.ops import bicubic, windows
 
 ModuleDef = Callable[..., nn.Module]
@@ -67,44 +66,6 @@ class PatchMerging(nn.Module):
     )(y)
 
 
-class Swin(nn.Module):
-  """Patches, then stages of blocks with a merging of patches before every stage but the first.
-
-  Features are the last map of every stage, that of the last stage after a norm.
-
-  Attributes:
-    image_size: height and width that the windows and their tables are made for.
-    stem: from images to the first map.
-    stages: per stage, its blocks.
-    merges: what precedes every stage but the first.
-    norm: after the last block.
-    remat: whether blocks are computed again in the backward pass.
-  """
-
-  image_size: tuple[int, int]
-  stem: ModuleDef
-  stages: Sequence[Sequence[ModuleDef]]
-  merges: Sequence[ModuleDef]
-  norm: ModuleDef
-  remat: bool = False
-  dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, images: Float[Array, 'b h w c'], *, train: bool
-  ) -> dict[str, Float[Array, 'b p q d']]:
-    base.check_image_size(images, self.image_size)
-    x = self.stem(name='stem')(images.astype(self.dtype), train=train)
-    features = {}
-    for i, blocks in enumerate(self.stages, 1):
-      if i > 1:
-        x = self.merges[i - 2](name=f'downsample{i}')(x, train=train)
-      x = stage.Stage(blocks, self.remat, name=f'stage{i}')(x, train=train)
-      features[f'stage{i}'] = x
-    features[f'stage{len(self.stages)}'] = self.norm(name='norm')(x, train=train)
-    return features
-
-
 def build(
   *,
   num_classes: int,
@@ -127,6 +88,7 @@ def build(
   dropout: float = 0.0,
   drop_path: float = 0.0,
   remat: bool = False,
+  scan: bool = False,
 ) -> base.Parts:
   """Builds backbone and head.
 
@@ -154,6 +116,7 @@ def build(
     dropout: after attention and within the MLP.
     drop_path: rate of stochastic depth of the last block; the first has 0.
     remat: whether blocks are computed again in the backward pass, to save memory.
+    scan: whether equal blocks are compiled once, and their variables stacked.
 
   Raises:
     ValueError: for an unknown policy, numbers of stages that differ, or heads that do not divide a
@@ -201,7 +164,7 @@ def build(
     )
 
   backbone = functools.partial(
-    Swin,
+    hierarchy.Hierarchy,
     image_size=image_size,
     stem=functools.partial(
       patch_embed.PatchEmbed,
@@ -217,9 +180,10 @@ def build(
       norm=layer_norm,
     ),
     stages=[[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
-    merges=[functools.partial(PatchMerging, width, layer_norm, **types) for width in dims[1:]],
+    downsamples=[functools.partial(PatchMerging, width, layer_norm, **types) for width in dims[1:]],
     norm=layer_norm,
     remat=remat,
+    scan=scan,
     dtype=dtype,
   )
   head = functools.partial(

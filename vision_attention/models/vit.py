@@ -25,7 +25,15 @@ ModuleDef = Callable[..., nn.Module]
 
 
 class EncoderBlock(nn.Module):
-  """`x + Attn(LN(x))`, then `x + MLP(LN(x))` (arXiv 2010.11929, equations 2 and 3)."""
+  """`x + Attn(LN(x))`, then `x + MLP(LN(x))` (arXiv 2010.11929, equations 2 and 3).
+
+  Attributes:
+    dim: width.
+    num_heads: of the operator.
+    attn: the operator, called with `dim`, `num_heads` and a name.
+    drop_path: rate of stochastic depth of either branch.
+    layer_scale: a learned factor per channel at the end of either branch, or None.
+  """
 
   dim: int
   num_heads: int
@@ -33,16 +41,18 @@ class EncoderBlock(nn.Module):
   mlp: ModuleDef
   norm: ModuleDef
   drop_path: float
+  layer_scale: ModuleDef | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b ... c'], *, train: bool) -> Float[Array, 'b ... c']:
-    y = self.norm(name='norm1')(x, train=train)
     attn = operators.bind(self.attn, dim=self.dim, num_heads=self.num_heads)
-    y = attn(name='attn')(y, train=train)
-    x = x + drop_path.DropPath(self.drop_path, name='drop_path1')(y, train=train)
-    y = self.norm(name='norm2')(x, train=train)
-    y = self.mlp(name='mlp')(y, train=train)
-    return x + drop_path.DropPath(self.drop_path, name='drop_path2')(y, train=train)
+    for i, (branch, name) in enumerate(((attn, 'attn'), (self.mlp, 'mlp')), 1):
+      y = self.norm(name=f'norm{i}')(x, train=train)
+      y = branch(name=name)(y, train=train)
+      if self.layer_scale is not None:
+        y = self.layer_scale(name=f'layer_scale{i}')(y)
+      x = x + drop_path.DropPath(self.drop_path, name=f'drop_path{i}')(y, train=train)
+    return x
 
 
 class VisionTransformer(nn.Module):
