@@ -12,22 +12,11 @@ from hypothesis import strategies as st
 
 import vision_attention as va
 from configs import aa_resnet50, ea_aa_resnet50
-from tests import golden
-from vision_attention import convert
+from tests import abstract, golden
 from vision_attention.attention import augmented
 from vision_attention.models import aa_mnasnet, aa_resnet, aa_wide_resnet, transfer, tree
 from vision_attention.ops import relative_logits, resize
 from vision_attention.training import optimizer
-
-
-@functools.cache
-def _shapes(name, image_size=None, **options):
-  model, info = va.create_model(name, image_size=image_size, **options)
-  return convert.abstract_variables(model, info)
-
-
-def _count(name, **options):
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(_shapes(name, **options)['params']))
 
 
 def _map(*shape, seed=0):
@@ -232,7 +221,7 @@ def test_tables_begin_as_meant_or_as_listed(init, mean, std):
 
 
 def test_heads_have_twenty_channels_at_least_and_values_are_rounded_down():
-  params = _shapes('aa_resnet_50')['params']['backbone']
+  params = abstract.variables('aa_resnet_50')['params']['backbone']
   for stage, dim, values, side in ((2, 128, 8, 14), (3, 256, 24, 14), (4, 512, 48, 7)):
     for block in params[f'stage{stage}'].values():
       attn = block['attn']
@@ -256,7 +245,7 @@ def test_heads_have_twenty_channels_at_least_and_values_are_rounded_down():
   ],
 )
 def test_shares_change_the_size_as_published(name, options, expected, printed):
-  assert _count(name, **options) == expected
+  assert abstract.count(name, **options) == expected
   # 20.751 and 22.351 are printed as 20.7 and 22.3: cut, not rounded.
   assert abs(expected / 1e6 - printed) < 0.06
 
@@ -280,13 +269,13 @@ def test_sizes_that_are_printed_otherwise():
   ],
 )
 def test_mnasnets_have_the_published_sizes(width, plain, expected, printed):
-  assert _count('aa_mnasnet', width=width, augmented=False) == plain
-  assert _count('aa_mnasnet', width=width) == expected
+  assert abstract.count('aa_mnasnet', width=width, augmented=False) == plain
+  assert abstract.count('aa_mnasnet', width=width) == expected
   assert round(expected / 1e6, 2) == printed
 
 
 def test_mnasnets_attend_in_twelve_blocks_with_four_heads():
-  paths = tree.flatten(_shapes('aa_mnasnet')['params']['backbone'])
+  paths = tree.flatten(abstract.variables('aa_mnasnet')['params']['backbone'])
   tables = {path: leaf.shape for path, leaf in paths.items() if path.endswith('height_offsets')}
   assert len(tables) == 12
   assert {path.split('/')[0] for path in tables} == {f'group{i}' for i in (3, 4, 5, 6, 7)}
@@ -328,7 +317,7 @@ def test_impossible_choices_are_refused():
     (dict(width=4, num_heads=32, depths=(1, 1)), '32 heads have no channel each .* of 8 channels'),
   ):
     with pytest.raises(ValueError, match=message):
-      _shapes('aa_resnet_50', 32, **options)
+      abstract.variables('aa_resnet_50', image_size=32, **options)
   with pytest.raises(ValueError, match='width 0 must be positive'):
     va.create_model('aa_mnasnet', width=0)
 
@@ -344,7 +333,7 @@ def test_mnasnets_cost_what_is_published():
 def test_recipes_decay_everything_but_batch_norm(name):
   recipe = {'aa_resnet_50': aa_resnet50, 'ea_aa_resnet_50': ea_aa_resnet50}[name].get_config()
   assert recipe.optimizer.learning_rate == pytest.approx(0.128 * recipe.batch_size / 256)
-  params = _shapes(name, 32, width=8, num_heads=2, depths=(1, 1, 2))['params']
+  params = abstract.variables(name, image_size=32, width=8, num_heads=2, depths=(1, 1, 2))['params']
   decays = tree.flatten(optimizer.matches(params, recipe.optimizer.weight_decay_mask))
   assert all(decayed == ('norm' not in path) for path, decayed in decays.items())
   assert sum('offsets' in path for path in decays) == 6

@@ -1,7 +1,6 @@
 """The own reading of ACmix-PVT, and attention to fewer keys beneath it."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,8 @@ import numpy as np
 import pytest
 
 import vision_attention as va
-from vision_attention import convert
+from tests import abstract
 from vision_attention.attention import mhsa, spatial_reduction
-
-
-def _count(name, **options):
-  model, info = va.create_model(name, **options)
-  params = convert.abstract_variables(model, info)['params']
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 # Published millions of PVT (arXiv 2102.12122, Table 3) and of ACmix in it.
@@ -25,7 +18,7 @@ def _count(name, **options):
   [('acmix_pvt_tiny', 13.2, (2, 2, 2, 2), 13), ('acmix_pvt_small', 24.5, (3, 4, 6, 3), 25)],
 )
 def test_parameters_are_near_the_published(name, host, depths, mixed):
-  plain, ours = _count(name, conv=False), _count(name)
+  plain, ours = abstract.count(name, conv=False), abstract.count(name)
   # PVT has a class token and a position for it.
   assert plain / 1e6 + 1024 / 1e6 == pytest.approx(host, abs=0.05)
   assert ours / 1e6 == pytest.approx(mixed, abs=0.5)

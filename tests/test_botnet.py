@@ -144,14 +144,6 @@ def test_zero_queries_average_and_constant_maps_stay_constant():
   np.testing.assert_allclose(y, jnp.broadcast_to(y[:, :1, :1], y.shape), atol=1e-5)
 
 
-def _count(name, **options):
-  model, info = va.create_model(name, **options)
-  return sum(
-    math.prod(leaf.shape)
-    for leaf in jax.tree.leaves(convert.abstract_variables(model, info)['params'])
-  )
-
-
 @pytest.mark.parametrize(
   ('options', 'expected'),
   [

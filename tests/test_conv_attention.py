@@ -13,7 +13,7 @@ from jax import lax
 
 import vision_attention as va
 from configs import conv_attention_quadratic
-from tests import golden
+from tests import abstract, golden
 from vision_attention import convert
 from vision_attention.attention import conv_attention
 from vision_attention.models import registry, tree
@@ -258,14 +258,8 @@ def test_degenerate_heads():
   np.testing.assert_array_equal(quadratic_attention.degenerate_heads(matrices), [0, 1, 1])
 
 
-def _count(name, **options):
-  model, info = va.create_model(name, **options)
-  params = convert.abstract_variables(model, info)['params']
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
 def test_the_baseline_is_a_resnet_18_with_a_small_stem():
-  assert _count('resnet_18', stem='small', num_classes=10, image_size=32) == 11_173_962
+  assert abstract.count('resnet_18', stem='small', num_classes=10, image_size=32) == 11_173_962
 
 
 def test_multiply_adds_of_linear_layers_are_the_published_ones():

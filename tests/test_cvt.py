@@ -10,17 +10,13 @@ import pytest
 
 import vision_attention as va
 from configs import cvt_13
+from tests import abstract
 from vision_attention import convert
 from vision_attention.attention import convolutional_projection, mhsa
 from vision_attention.models import cvt, tree
 
 TINY = dict(depths=(1, 1, 2), dims=(8, 16, 16), num_heads=(1, 2, 2))
 Attention = convolutional_projection.ConvolutionalProjectionAttention
-
-
-def _shapes(name, **options):
-  model, info = va.create_model(name, **options)
-  return convert.abstract_variables(model, info)
 
 
 def _drawn(shapes, seed=0):
@@ -202,11 +198,13 @@ def test_features_move_with_the_image_away_from_its_border():
 
 
 def test_operators_and_the_class_token():
-  shapes = tree.flatten(_shapes('cvt_13', image_size=32, attn='mhsa', **TINY))
+  shapes = tree.flatten(abstract.variables('cvt_13', image_size=32, attn='mhsa', **TINY))
   assert not [path for path in shapes if '_conv/' in path]
   with pytest.raises(ValueError, match="no place in one: pass pool='gap'"):
     va.create_model('cvt_13', attn='halo', **TINY)
-  pooled = tree.flatten(_shapes('cvt_13', image_size=64, attn='relative', pool='gap', **TINY))
+  pooled = tree.flatten(
+    abstract.variables('cvt_13', image_size=64, attn='relative', pool='gap', **TINY)
+  )
   assert len([path for path in pooled if path.endswith('relative_position')]) == 4
   assert 'params/backbone/cls' not in pooled
   assert set(_features(32, pool='gap')) == {'stage1', 'stage2', 'stage3'}

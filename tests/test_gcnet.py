@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import vision_attention as va
 from configs import gc_resnet50
-from tests import golden
+from tests import abstract, golden
 from tools import query_independence
 from vision_attention import convert
 from vision_attention.attention import global_context, non_local
@@ -119,12 +119,6 @@ def test_parameters_of_a_block_at_1024_channels(layer, expected):
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes['params'])) == expected
 
 
-def _count(name, **options):
-  model, info = va.create_model(name, **options)
-  params = convert.abstract_variables(model, info)['params']
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
 @pytest.mark.parametrize(
   ('name', 'options', 'expected'),
   [
@@ -137,7 +131,7 @@ def _count(name, **options):
   ],
 )
 def test_parameters_of_placements_and_ratios(name, options, expected):
-  assert _count(name, **options) == expected
+  assert abstract.count(name, **options) == expected
 
 
 def test_context_blocks_cost_what_the_paper_says_and_a_non_local_block_more():

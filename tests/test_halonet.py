@@ -10,23 +10,12 @@ import pytest
 
 import vision_attention as va
 from configs import halonet_h0
-from tests import golden
+from tests import abstract, golden
 from vision_attention import convert
 from vision_attention.attention import halo
 from vision_attention.models import reference, registry, tree
 
 TIMM = dict(scale='rsqrt', mask_padding=False, index='subsampled')
-
-
-@functools.cache
-def _shapes(name, **options):
-  model, info = va.create_model(name, **options)
-  return convert.abstract_variables(model, info)
-
-
-def _count(name, **options):
-  params = _shapes(name, **options)['params']
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def _fresh(layer, x):
@@ -136,12 +125,12 @@ def test_projection_and_dropout_are_optional():
   ],
 )
 def test_parameters_with_options(name, options, expected):
-  assert _count(name, **options) == expected
+  assert abstract.count(name, **options) == expected
 
 
 def test_hybrids_cost_what_is_published():
   for stages, millions in (((1,), 19.17), ((1, 2), 19.46), ((1, 2, 3), 24.16)):
-    shapes = _shapes('halonet_h4', conv_stages=stages)['params']
+    shapes = abstract.variables('halonet_h4', conv_stages=stages)['params']
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(
       millions, abs=5e-3
     )
@@ -169,7 +158,7 @@ def test_widths_heads_and_resolutions_are_those_of_the_tables():
     # All but H7 have maps that blocks divide; 600 pixels give 150, 75, 38 and 19.
     divides = [size // 2**k % options['block'] == 0 for k in range(2, 6)]
     assert all(divides) == (name != 'halonet_h7')
-  shapes = _shapes('halonet_h7', depths=(1, 2, 1, 1))['params']['backbone']
+  shapes = abstract.variables('halonet_h7', depths=(1, 2, 1, 1))['params']['backbone']
   attn = shapes['stage2']['block01']['attn']
   assert attn['query']['kernel'].shape == (1, 1, 128, 128)
   assert attn['value']['kernel'].shape == (1, 1, 128, 512)
@@ -178,7 +167,7 @@ def test_widths_heads_and_resolutions_are_those_of_the_tables():
   assert shapes['stage2']['block01']['conv3']['kernel'].shape == (1, 1, 512, 448)
   assert shapes['final']['conv']['kernel'].shape == (1, 1, 1792, 2048)
   # No projection where the width stays.
-  shapes = _shapes('halonet_h1', depths=(1, 1, 1, 1))['params']['backbone']
+  shapes = abstract.variables('halonet_h1', depths=(1, 1, 1, 1))['params']['backbone']
   assert 'shortcut' not in shapes['stage1']['block00']
   assert 'shortcut' in shapes['stage2']['block00']
 
@@ -196,7 +185,9 @@ def test_any_image_size_is_taken():
 
 
 def test_the_patch_stem_is_a_quarter_of_the_image():
-  shapes = _shapes('halonet_h4', stem='patch', width=128, depths=(1, 1, 1, 1))['params']['backbone']
+  shapes = abstract.variables('halonet_h4', stem='patch', width=128, depths=(1, 1, 1, 1))['params'][
+    'backbone'
+  ]
   assert shapes['stem']['conv']['kernel'].shape == (4, 4, 3, 128)
   options = dict(depths=(1, 1), width=16, block=4, halo=1, num_heads=2, num_classes=3)
   model, _ = va.create_model('halonet_h4', stem='patch', image_size=36, **options)
@@ -211,7 +202,7 @@ def test_timm_s_names_are_all_known():
   """Names as timm writes them, by hand, against the rules."""
   timm = registry.references_of('halonet_h1')['timm']
   rules = timm.rules_of({**registry.variant_of('halonet_h1').options, **timm.options})
-  paths = set(tree.flatten(_shapes('halonet_h1', source='timm')))
+  paths = set(tree.flatten(abstract.variables('halonet_h1', source='timm')))
   block = 'backbone/stage3/block07'
   expected = {
     'stem.conv1.conv.weight': {'params/backbone/stem/conv1/kernel'},

@@ -1,7 +1,6 @@
 """What is particular to LeViT: its bias, its shrinking, two classifiers, and norms that fold."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 import vision_attention as va
 from configs import levit_128s
+from tests import abstract
 from vision_attention import convert
 from vision_attention.attention import levit as levit_attention
 from vision_attention.attention import mhsa
@@ -21,33 +21,11 @@ from vision_attention.ops import distance_bias
 TINY = dict(dims=(16, 24), depths=(1, 1), num_heads=(2, 3), head_dim=4, num_classes=3)
 
 
-def _shapes(name, **options):
-  model, info = va.create_model(name, **options)
-  return convert.abstract_variables(model, info)
-
-
-def _count(variables):
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
-
-
-def _drawn(shapes):
-  """Variables with nothing at zero and no statistic at its beginning."""
-  rng = np.random.default_rng(0)
-
-  def draw(path, leaf):
-    z = rng.standard_normal(leaf.shape).astype(np.float32)
-    if path.endswith('var'):
-      return np.exp(0.5 * z)
-    return (path.endswith('scale') + 0.3 * z).astype(np.float32)
-
-  return tree.unflatten({path: draw(path, leaf) for path, leaf in tree.flatten(shapes).items()})
-
-
 @functools.cache
 def _model(**options):
   model, info = va.create_model('levit_128s', **(TINY | dict(image_size=48) | options))
   images = jax.random.normal(jax.random.key(0), (2, *info.image_size, 3))
-  return model, _drawn(convert.abstract_variables(model, info)), images
+  return model, abstract.drawn(convert.abstract_variables(model, info)), images
 
 
 @pytest.mark.parametrize(
@@ -61,7 +39,7 @@ def _model(**options):
   ],
 )
 def test_parameters_with_one_classifier(name, expected):
-  assert _count(_shapes(name, distillation=False)['params']) == expected
+  assert abstract.size(abstract.variables(name, distillation=False)['params']) == expected
 
 
 @pytest.mark.parametrize(
@@ -77,7 +55,7 @@ def test_parameters_without_norms_and_multiply_adds(name, expected, macs):
     lambda leaf: np.broadcast_to(np.float32(1), leaf.shape), convert.abstract_variables(model, info)
   )
   _, fused = va.fuse_batchnorm(model, variables)
-  assert _count(fused['params']) == expected
+  assert abstract.size(fused['params']) == expected
   # The code also counts the softmax.
   assert va.count_macs(model) / 1e6 == pytest.approx(macs, rel=0.005)
 
@@ -105,7 +83,7 @@ def test_tables_keep_their_size_their_centre_and_constants():
 def _attention(size, **fields):
   module = levit_attention.LevitAttention(6, num_heads=2, head_dim=4, **fields)
   x = jax.random.normal(jax.random.key(0), (2, *size, 5))
-  variables = _drawn(jax.eval_shape(lambda: module.init(jax.random.key(1), x, train=False)))
+  variables = abstract.drawn(jax.eval_shape(lambda: module.init(jax.random.key(1), x, train=False)))
   return x, variables, jax.jit(functools.partial(module.apply, variables, train=False))
 
 
@@ -222,7 +200,7 @@ def test_what_does_not_know_a_norm_keeps_it_or_is_refused():
   )
   other, info = va.create_model('resnet_18', depths=(1,), width=8, image_size=32)
   with pytest.raises(ValueError, match=r'models that fuse are .*levit_128s'):
-    va.fuse_batchnorm(other, _drawn(convert.abstract_variables(other, info)))
+    va.fuse_batchnorm(other, abstract.drawn(convert.abstract_variables(other, info)))
 
 
 def test_options_that_cannot_be_are_refused():
@@ -318,7 +296,7 @@ def test_official_and_timm_names_are_the_same_weights():
   own = variables['params']['backbone']['stage1']['block00']['attn']['attention_bias']
   np.testing.assert_array_equal(table, distance_bias.resize(own, (2, 6, 6)))
   _, report = transfer.transfer(
-    'levit_128s', variables, _shapes('levit_128s', image_size=96, **TINY)
+    'levit_128s', variables, abstract.variables('levit_128s', image_size=96, **TINY)
   )
   assert len(report.resized) == 3
   assert images.shape[1:3] == (40, 64)

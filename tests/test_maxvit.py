@@ -12,17 +12,13 @@ from hypothesis import strategies as st
 
 import vision_attention as va
 from configs import maxvit_tiny
+from tests import abstract
 from vision_attention import convert
 from vision_attention.attention import relative, window
 from vision_attention.models import maxvit, registry, transfer, tree
 from vision_attention.ops import relative_position, windows
 
 TINY = dict(depths=(1, 1), dims=(8, 16), stem_dim=8, head_dim=4)
-
-
-def _shapes(name, **options):
-  model, info = va.create_model(name, **options)
-  return convert.abstract_variables(model, info)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +33,7 @@ def _shapes(name, **options):
   ],
 )
 def test_parameters_at_other_resolutions(name, options, expected):
-  params = _shapes(name, **options)['params']
+  params = abstract.variables(name, **options)['params']
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == expected
 
 
@@ -60,12 +56,15 @@ def test_multiply_adds_are_those_of_the_paper_and_of_its_code(name, size, publis
 
 def test_other_orders_of_layers_are_about_the_size_of_table_8():
   count = lambda **options: sum(
-    math.prod(leaf.shape) for leaf in jax.tree.leaves(_shapes('maxvit_tiny', **options)['params'])
+    math.prod(leaf.shape)
+    for leaf in jax.tree.leaves(abstract.variables('maxvit_tiny', **options)['params'])
   )
   # 31.1 million where the convolution is not first, and shortcuts project.
   assert count(layout='BGC') / 1e6 == pytest.approx(31.1, abs=0.3)
   assert count(layout=('CBB', 'CBG', 'CB', 'BG')) < 30_916_528
-  paths = tree.flatten(_shapes('maxvit_tiny', layout=('CBB', 'CBG', 'CB', 'BG'))['params'])
+  paths = tree.flatten(
+    abstract.variables('maxvit_tiny', layout=('CBB', 'CBG', 'CB', 'BG'))['params']
+  )
   layers = {path.split('/')[3] for path in paths if path.startswith('backbone/stage1')}
   assert layers == {'mbconv', 'block', 'block1'}
   with pytest.raises(ValueError, match="layer in layout 'T' is unknown"):
@@ -195,7 +194,9 @@ def test_tables_are_interpolated_in_the_program_as_when_loaded():
 
 
 def _tables(size, **options):
-  shapes = tree.flatten(_shapes('maxvit_tiny', image_size=size, depths=(1,) * 4, **options))
+  shapes = tree.flatten(
+    abstract.variables('maxvit_tiny', image_size=size, depths=(1,) * 4, **options)
+  )
   path = 'params/backbone/stage{}/block00/{}/attn/relative_position'
   both = [
     [shapes[path.format(i, kind)].shape[1:] for i in range(1, 5)] for kind in ('block', 'grid')
@@ -226,7 +227,7 @@ def test_any_image_size_is_taken(size, policy):
 
 def test_other_operators_take_the_place_of_both():
   shapes = tree.flatten(
-    _shapes(
+    abstract.variables(
       'maxvit_tiny', image_size=32, **TINY, attn={'name': 'halo', 'block': 4}, grid_attn='mhsa'
     )
   )
@@ -249,7 +250,7 @@ def test_the_first_block_is_never_dropped_and_all_branches_of_one_alike():
 
 def _official(rows, columns, average=False, classes=3):
   """Returns a state dict of the tiny model by its own shapes, in the authors' names."""
-  shapes = _shapes('maxvit_tiny', image_size=(16 * (rows + 1), 16 * (columns + 1)),
+  shapes = abstract.variables('maxvit_tiny', image_size=(16 * (rows + 1), 16 * (columns + 1)),
                    num_classes=classes, **TINY)  # fmt: skip
   theirs = {
     'backbone/stem/conv1': 'stem/conv_0',

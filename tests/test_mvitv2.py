@@ -12,33 +12,14 @@ from hypothesis import strategies as st
 
 import vision_attention as va
 from configs import mvitv2_tiny
+from tests import abstract
 from vision_attention import convert
 from vision_attention.attention import mhsa
 from vision_attention.attention import pooling_attention as pooling
-from vision_attention.models import mvitv2, tree
+from vision_attention.models import mvitv2
 from vision_attention.ops import decomposed_position, relative_position
 
 TINY = dict(depths=(1, 2), dim=8, num_heads=1, kv_stride=2)
-
-
-def _shapes(name, **options):
-  model, info = va.create_model(name, **options)
-  return convert.abstract_variables(model, info)
-
-
-def _drawn(shapes, seed=0):
-  rng = np.random.default_rng(seed)
-
-  def draw(path, leaf):
-    z = rng.standard_normal(leaf.shape).astype(np.float32)
-    return (path.endswith('scale') + 0.3 * z).astype(np.float32)
-
-  return tree.unflatten({path: draw(path, leaf) for path, leaf in tree.flatten(shapes).items()})
-
-
-def test_parameters_with_the_head_of_imagenet_21k():
-  params = _shapes('mvitv2_base_cls', num_classes=19_168)['params']
-  assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == 65_444_032
 
 
 @pytest.mark.parametrize(
@@ -54,7 +35,7 @@ def test_multiply_adds_are_those_of_the_code(name, size, counted):
 
 
 def test_tables_and_strides_are_those_of_the_code():
-  backbone = _shapes('mvitv2_tiny')['params']['backbone']
+  backbone = abstract.variables('mvitv2_tiny')['params']['backbone']
   lengths = {
     f'{i}.{j}': backbone[f'stage{i}'][f'block{j:02d}']['attn']['relative_height'].shape[0]
     for i, depth in enumerate((1, 2, 5, 2), 1)
@@ -72,7 +53,7 @@ def _attention(shape, seed=0, **fields):
   else:
     x = jax.random.normal(jax.random.key(0), (2, *shape, 5))
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(1), x, train=False))
-  return x, _drawn(shapes['params'], seed), functools.partial(module.apply, train=False)
+  return x, abstract.drawn(shapes['params'], seed), functools.partial(module.apply, train=False)
 
 
 def _plain(params):

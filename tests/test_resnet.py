@@ -1,7 +1,6 @@
 """What is particular to ResNets: their branches, shortcuts, stems and squeezes."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +8,13 @@ import numpy as np
 import pytest
 
 import vision_attention as va
+from tests import abstract
 from vision_attention import convert
 from vision_attention.attention import mhsa
 from vision_attention.layers import squeeze_excite
 from vision_attention.models import registry, resnet, resnet_blocks, tree, wide_resnet
 
 pytestmark = pytest.mark.fast
-
-
-def _shapes(name, **options):
-  model, info = va.create_model(name, **options)
-  return convert.abstract_variables(model, info)
-
-
-def _count(name, **options):
-  params = _shapes(name, **options)['params']
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def _features(name, image_size, **options):
@@ -55,7 +45,7 @@ def _initialised(name, **options):
   ],
 )
 def test_options_change_the_parameters_as_published(name, options, expected):
-  assert _count(name, **options) == expected
+  assert abstract.count(name, **options) == expected
 
 
 def test_every_variant_states_its_parameters_and_its_source():
@@ -283,7 +273,7 @@ def test_timm_s_names_are_all_known(name):
     'resnet26d': ('conv1.6.weight', 'layer1.0.downsample.1.weight', 'layer4.0.downsample.2.bias'),
     'resnetrs50': ('maxpool.0.weight', 'maxpool.1.running_mean', 'conv1.4.running_mean'),
   }[name]
-  paths = set(tree.flatten(_shapes(name, source='timm')))
+  paths = set(tree.flatten(abstract.variables(name, source='timm')))
   for key in (*expected, 'fc.weight', 'fc.bias'):
     goals = next(goals for rule in rules if (goals := rule.targets(key)) is not None)
     assert goals

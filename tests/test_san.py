@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vision_attention as va
-from vision_attention import convert
+from tests import abstract
 from vision_attention.attention import san
 from vision_attention.models import san as models
 from vision_attention.models import tree
@@ -143,11 +143,6 @@ def test_impossible_settings_are_refused():
     va.create_model('san10_pairwise', image_size=16)
 
 
-def _shapes(name, **options):
-  model, info = va.create_model(name, **options)
-  return convert.abstract_variables(model, info)
-
-
 # Published millions, which the own reading does not reach, and the parameters of this reading.
 @pytest.mark.parametrize(
   ('size', 'published', 'plain', 'ours'),
@@ -158,7 +153,7 @@ def _shapes(name, **options):
   ],
 )
 def test_parameters_of_acmix_san(size, published, plain, ours):
-  params = _shapes(f'acmix_san{size}')['params']
+  params = abstract.variables(f'acmix_san{size}')['params']
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == ours
   # Mixing, the grouped convolution and two scalars per block.
   dims, depths = (64, 256, 512, 1024, 2048), models._DEPTHS[size]
@@ -176,7 +171,7 @@ def test_taps_are_put_first():
 @pytest.mark.parametrize('form', LAYERS)
 def test_official_names_are_all_known(form):
   options = dict(depths=(1, 2), dims=(32, 64), kernels=(3, 5), num_classes=3, image_size=32)
-  expected = _shapes(f'san10_{form}', **options)
+  expected = abstract.variables(f'san10_{form}', **options)
   renames = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
   modules = {
     'backbone/stem_norm': 'bn_in',

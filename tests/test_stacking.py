@@ -11,6 +11,8 @@ from vision_attention.models import stacking, transfer, tree
 MODELS = {
   'vit_ti16': dict(dim=16, depth=4, mlp_dim=32, num_heads=2, image_size=32),
   'convnext_tiny': dict(depths=(1, 4), dims=(8, 16), image_size=32),
+  'levit_128s': dict(dims=(16, 32), depths=(3, 1), num_heads=(2, 2), head_dim=4, image_size=32),
+  'nat_mini': dict(depths=(3,), dim=8, num_heads=(2,), kernel=3, image_size=32),
   'coatnet_0': dict(
     depths=(3, 3), dims=(8, 16), stem_dim=8, head_dim=8, layout='CT', strides=(2, 2), image_size=32
   ),
@@ -28,8 +30,13 @@ def _both(name):
   return plain, scanned, jax.tree.map(draw, shapes[0]), shapes[1], images
 
 
-@pytest.mark.parametrize('remat', [False, True])
-@pytest.mark.parametrize('name', MODELS)
+# The gradient of what shifts all logits of a query alike is rounding.
+UNSEEN = 'key/bias'
+
+
+@pytest.mark.parametrize(
+  ('name', 'remat'), [*((name, False) for name in MODELS), ('vit_ti16', True), ('coatnet_0', True)]
+)
 def test_scanned_blocks_compute_the_same(name, remat):
   plain, scanned, variables, target, images = _both(name)
   if remat:
@@ -52,7 +59,11 @@ def test_scanned_blocks_compute_the_same(name, remat):
   expected = tree.flatten({'params': grads, **changed})
   found = tree.flatten(stacking.unstack({'params': their_grads, **their_changed}))
   assert found.keys() == expected.keys()
+  largest = max(float(jnp.abs(value).max()) for value in expected.values())
   for path, value in expected.items():
+    if path.endswith(UNSEEN):
+      assert max(jnp.abs(value).max(), jnp.abs(found[path]).max()) < 1e-5 * largest, path
+      continue
     scale = float(jnp.abs(value).max())
     np.testing.assert_allclose(found[path], value, atol=1e-4 * max(scale, 1e-3), err_msg=path)
 

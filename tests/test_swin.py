@@ -1,7 +1,6 @@
 """What is particular to Swin: window attention, its tables, sizes, policies and other names."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,29 +9,13 @@ import pytest
 
 import vision_attention as va
 from configs import swin_tiny
+from tests import abstract
 from vision_attention import convert
 from vision_attention.attention import mhsa, relative, window
 from vision_attention.models import registry, swin, tree
 from vision_attention.ops import bicubic, windows
 
 TINY = dict(depths=(2, 2), dim=8, num_heads=(1, 2), window=4)
-
-
-def _shapes(name, **options):
-  model, info = va.create_model(name, **options)
-  return convert.abstract_variables(model, info)
-
-
-@pytest.mark.parametrize(
-  ('name', 'expected'),
-  [
-    ('swin_tiny', 44_315_083),
-    ('swin_large_w12', 228_768_133),
-  ],
-)
-def test_parameters_with_the_head_of_imagenet_22k(name, expected):
-  params = _shapes(name, num_classes=21_841)['params']
-  assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == expected
 
 
 @pytest.mark.parametrize(
@@ -142,7 +125,7 @@ def test_blocks_alternate_and_the_last_map_is_one_window():
 
 
 def _tables(size, **options):
-  shapes = tree.flatten(_shapes('swin_tiny', image_size=size, **options)['params'])
+  shapes = tree.flatten(abstract.variables('swin_tiny', image_size=size, **options)['params'])
   stages = range(1, 5)
   path = 'backbone/stage{}/block00/attn/relative_position'
   return [shapes[path.format(i)].shape[1:] for i in stages]
@@ -178,11 +161,13 @@ def test_images_of_another_size_are_refused():
 
 
 def test_other_operators_take_the_place_of_windows():
-  everywhere = _shapes('swin_tiny', image_size=32, **TINY, attn='mhsa')
+  everywhere = abstract.variables('swin_tiny', image_size=32, **TINY, attn='mhsa')
   assert not [path for path in tree.flatten(everywhere) if 'relative_position' in path]
   halo = {'name': 'halo', 'block': 4, 'halo': 1}
   mixed = tree.flatten(
-    _shapes('swin_tiny', image_size=32, **TINY, attn=[['window', halo], ['mhsa', 'relative']])
+    abstract.variables(
+      'swin_tiny', image_size=32, **TINY, attn=[['window', halo], ['mhsa', 'relative']]
+    )
   )
   tables = sorted(path.split('backbone/')[1] for path in mixed if 'attn/' in path and 'tab' in path)
   assert tables == [f'stage1/block01/attn/{axis}_table' for axis in ('height', 'width')]

@@ -1,13 +1,13 @@
 """Compiles a config's training step for TPUs that need not be there, and prints what it holds.
 
-  python tools/aot.py --config=configs/coatnet0.py --topology=v4:2x2x1
-  python tools/aot.py --config=configs/vit_s16.py --topology=v5e:16x16 --batch_per_device=64
-  python tools/aot.py --config=configs/coatnet0.py --config.model.options.remat=True --fit
+  python tools/aot.py --config=configs/cvt_13.py --batch_per_device=128 --options="{'remat': True}"
+  python tools/aot.py --config=configs/coatnet0.py:local --topology=v5e:2x2
+  python tools/aot.py --config=configs/coatnet0.py:local --batch_per_device=8192 --fit
 
-Overrides of the config are those of main.py; options of the model that the config does not set are
-given by `--options="{'remat': True}"`. Topologies: v2:2x2, v3:2x2, v4:2x2x1 ... v4:8x8x8, v5e:2x2,
-v5p:2x2x1, v6e:2x2, ... . `--fit` looks for the largest power of two of images per device that fits.
-Memory is exact; of speed, a program that does not run says nothing. Needs libtpu (pip install
+Overrides of the config are those of main.py; options of the model, which a config need not list,
+are given by `--options`. Topologies: v2:2x2, v3:2x2, v4:2x2x1 ... v4:8x8x8, v5e:2x2, v5p:2x2x1,
+v6e:2x2, ... . `--fit` doubles the images per device until they no longer fit. Memory is what the
+compiler plans; of speed, a program that does not run says nothing. Needs libtpu (pip install
 libtpu), Linux.
 """
 

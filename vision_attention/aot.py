@@ -108,6 +108,8 @@ def compile_step(config: Any, topology: str, batch_per_device: int | None = None
   if batch_per_device is not None:
     config.batch_size = batch_per_device * len(found)
     config.eval.batch_size = 0
+  # How often a run writes is no part of its step.
+  config.log_every = config.eval.every = config.checkpoint.every = '1 steps'
   plan = planning.prepare(config, with_data=False, devices=found)
   step = jax.jit(
     state.make_train_step(

@@ -17,8 +17,7 @@ class PartitionAttention(nn.Module):
 
   `B` is a scalar per head and offset, query minus key, from a table `relative_position` of
   `[heads, 2 rows - 1, 2 columns - 1]`. The attention map `[b * parts, n, q, k]`, images first, is
-  sown as `attention` where `intermediates` is mutable. Subclasses say in `tiling` what the parts
-  are.
+  sown as `attention` where `intermediates` is mutable. A subclass calls `attend` with its parts.
 
   Attributes:
     dim: output width.
@@ -48,15 +47,15 @@ class PartitionAttention(nn.Module):
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
-  @nn.compact
-  def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b h w d']:
+  def attend(
+    self, x: Float[Array, 'b h w c'], tiling: windows.Tiling, train: bool
+  ) -> Float[Array, 'b h w d']:
+    """Returns what the pixels of every part of a map make of each other."""
     if self.head_dim is None and self.dim % self.num_heads:
       raise ValueError(
         f'{self.num_heads} heads do not divide width {self.dim}: pass a divisor or head_dim'
       )
     head_dim = self.head_dim or self.dim // self.num_heads
-    height, width = x.shape[1:3]
-    tiling = self.tiling((height, width))
 
     def dense(dim: int, name: str, use_bias: bool = True) -> nn.Dense:
       return nn.Dense(
@@ -83,10 +82,6 @@ class PartitionAttention(nn.Module):
     y = dense(self.dim, 'proj', self.proj_bias)(mixed.reshape(*mixed.shape[:3], -1))
     y = windows.join(y, tiling)
     return nn.Dropout(self.dropout, deterministic=not train)(y)
-
-  def tiling(self, size: tuple[int, int]) -> windows.Tiling:
-    """Returns the parts of a map of height and width `size`."""
-    raise NotImplementedError
 
   def _table(self, rows: int, columns: int) -> Float[Array, 'n y x']:
     """Returns the table for parts of `rows` and `columns`."""
@@ -123,8 +118,11 @@ class WindowAttention(PartitionAttention):
   fit: str = 'axis'
   padding: str = 'mask'
 
-  def tiling(self, size: tuple[int, int]) -> windows.Tiling:
-    return windows.tile(size, self.window, self.shift, fit=self.fit, padding=self.padding)
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b h w d']:
+    size = x.shape[1], x.shape[2]
+    tiling = windows.tile(size, self.window, self.shift, fit=self.fit, padding=self.padding)
+    return self.attend(x, tiling, train)
 
 
 class GridAttention(PartitionAttention):
@@ -140,8 +138,9 @@ class GridAttention(PartitionAttention):
 
   grid: int | Sequence[int] = 7
 
-  def tiling(self, size: tuple[int, int]) -> windows.Tiling:
-    return windows.lattice(size, self.grid)
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b h w d']:
+    return self.attend(x, windows.lattice((x.shape[1], x.shape[2]), self.grid), train)
 
 
 OPERATORS = {'window': WindowAttention, 'grid': GridAttention}

@@ -307,6 +307,20 @@ VARIANTS = {
 }
 
 
+# timm's names within an MBConv block.
+TIMM_MBCONV = {
+  'pre_norm': ('pre_norm', reference.NORM),
+  'conv1_1x1': ('expand', reference.CONV),
+  'norm1': ('norm1', reference.NORM),
+  'conv2_kxk': ('depthwise', reference.CONV),
+  'norm2': ('norm2', reference.NORM),
+  r'se\.fc1': ('se/squeeze', reference.CONV),
+  r'se\.fc2': ('se/excite', reference.CONV),
+  'conv3_1x1': ('project', reference.CONV),
+  r'shortcut\.expand': ('shortcut/proj', reference.CONV),
+}
+
+
 def timm_rules(options: Mapping[str, Any]) -> Sequence[reference.Rule]:
   """timm's names; every projection of it is a 1x1 convolution, and qkv is ordered by head."""
   rules = []
@@ -314,16 +328,7 @@ def timm_rules(options: Mapping[str, Any]) -> Sequence[reference.Rule]:
   for i, (kind, dim) in enumerate(zip('CCTT', options['dims'], strict=True)):
     theirs, ours = rf'stages\.{i}\.blocks\.(\d+)\.', f'backbone/stage{i + 1}/block{{0:02d}}/'
     names = {
-      'C': {
-        'pre_norm': ('pre_norm', norm_),
-        'conv1_1x1': ('expand', conv_),
-        'norm1': ('norm1', norm_),
-        'conv2_kxk': ('depthwise', conv_),
-        'norm2': ('norm2', norm_),
-        r'se\.fc1': ('se/squeeze', conv_),
-        r'se\.fc2': ('se/excite', conv_),
-        'conv3_1x1': ('project', conv_),
-      },
+      'C': TIMM_MBCONV,
       'T': {
         r'norm1(?:\.norm)?': ('norm1', norm_),
         r'attn\.qkv': (
@@ -340,7 +345,7 @@ def timm_rules(options: Mapping[str, Any]) -> Sequence[reference.Rule]:
         r'mlp\.fc2': ('mlp/project', conv_),
       },
     }[kind]
-    names[r'shortcut\.expand'] = ('shortcut/proj', conv_)
+    names = {**names, r'shortcut\.expand': ('shortcut/proj', conv_)}
     rules += [rule(theirs + a, ours + b, k) for a, (b, k) in names.items()]
   return [
     *rules,

@@ -293,17 +293,6 @@ _OFFICIAL_RULES = (
   _rule('cls_head/logit_dense', 'head/classifier', _DENSE),
 )
 _TIMM_BLOCK = r'stages\.(\d+)\.blocks\.(\d+)\.'
-_TIMM_MBCONV = {
-  'pre_norm': ('pre_norm', reference.NORM),
-  'conv1_1x1': ('expand', reference.CONV),
-  'norm1': ('norm1', reference.NORM),
-  'conv2_kxk': ('depthwise', reference.CONV),
-  'norm2': ('norm2', reference.NORM),
-  r'se\.fc1': ('se/squeeze', reference.CONV),
-  r'se\.fc2': ('se/excite', reference.CONV),
-  'conv3_1x1': ('project', reference.CONV),
-  r'shortcut\.expand': ('shortcut/proj', reference.CONV),
-}
 _TIMM_ATTENTION = {
   r'norm(\d)': ('norm{3}', reference.NORM),
   r'attn\.qkv': ('attn', reference.fused('query', 'key', 'value')),
@@ -320,7 +309,7 @@ _TIMM_RULES = (
   _rule(r'stem\.norm1', 'backbone/stem/norm', reference.NORM),
   *(
     _rule(rf'{_TIMM_BLOCK}conv\.{a}', f'{_OURS}mbconv/{b}', kind)
-    for a, (b, kind) in _TIMM_MBCONV.items()
+    for a, (b, kind) in coatnet.TIMM_MBCONV.items()
   ),
   *(
     _rule(rf'{_TIMM_BLOCK}attn_(block|grid)\.{a}', f'{_OURS}{{2}}/{b}', kind)
