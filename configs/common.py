@@ -191,6 +191,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.init = ml_collections.ConfigDict()
   config.init.path = ''  # a run, a checkpoint or a weight file to start from
   config.init.source = ''  # whose weight file, of a model's REFERENCES; ours if empty
+  config.init.classes = ''  # data set, or class map, of the weights' classes, to pick ours by
   config.init.fresh = ()  # patterns of paths that the weights may lack, such as '/module/'
 
   config.data = ml_collections.ConfigDict()
@@ -253,6 +254,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.weight_decay_mask = ('/kernel$',)
   config.optimizer.weight_decay_times_lr = True
   config.optimizer.lr_multipliers = ()
+  config.optimizer.layer_decay = 1.0  # of the learning rate, per layer from the head to the stem
   config.optimizer.clip_norm = 0.0
   config.optimizer.clip_adaptive = 0.0
 

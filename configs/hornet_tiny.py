@@ -38,15 +38,6 @@ _RECIPES_1K = {
 }
 _RECIPES_22K = {'hornet_large_7x7': (0.2, 5.0, 9), 'hornet_large_gf': (0.2, 1.0, 9)}
 _RECIPES_TUNE = {'hornet_large_gf_img384': (0.4, 1.0, 9)}
-# Layers of the learning rate's decay: 12 behind the stem, in the third stage of 2 blocks each.
-_LAYERS = {
-  'backbone/stem/': 0,
-  'backbone/stage1/': 1,
-  'backbone/(downsample2|stage2)/': 2,
-  'backbone/downsample3/': 3,
-  **{f'backbone/stage3/block({2 * k:02d}|{2 * k + 1:02d})/': 3 + k for k in range(9)},
-  'backbone/(downsample4|stage4)/': 12,
-}
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
@@ -107,7 +98,7 @@ def _fine_tune(config: ml_collections.ConfigDict, init: str) -> None:
   config.batch_size = 512
   config.optimizer.learning_rate = 5e-5
   config.optimizer.weight_decay = 1e-8
-  config.optimizer.lr_multipliers = tuple((p, 0.7 ** (13 - k)) for p, k in _LAYERS.items())
+  config.optimizer.layer_decay = 0.7
   config.schedule.final = 0.02  # 1e-6
   config.mixing.mixup_alpha = 0.0
   config.mixing.cutmix_alpha = 0.0

@@ -16,7 +16,7 @@ from etils import epath
 
 from vision_attention import checkpoint, convert, errors, macs
 from vision_attention.data import pipeline
-from vision_attention.models import base, registry
+from vision_attention.models import base, depth, registry
 from vision_attention.training import (
   erasing,
   losses,
@@ -117,7 +117,9 @@ def prepare(config: Any, *, with_data: bool = True, devices: Sequence[Any] | Non
   teacher = _teacher(config, with_data)
   info = registry.create_model(config.model.name, image_size=config.image_size)[1]
   variables = convert.abstract_variables(model, info)
-  tx = optimizer.make(config.optimizer, factor, variables['params'])
+  decay, params = config.optimizer.layer_decay, variables['params']
+  factors = depth.factors(config.model.name, params, decay) if decay < 1 else None
+  tx = optimizer.make(config.optimizer, factor, params, factors)
 
   def init() -> tuple[state.TrainState, state.Window]:
     images = jnp.zeros((1, *info.image_size, 3), jnp.float32)
@@ -202,6 +204,7 @@ def _check_values(config: Any) -> None:
     ('schedule.warmup_init', config.schedule.warmup_init, 0, 1),
     ('optimizer.learning_rate', config.optimizer.learning_rate, 0, math.inf),
     ('optimizer.weight_decay', config.optimizer.weight_decay, 0, math.inf),
+    ('optimizer.layer_decay', config.optimizer.layer_decay, 1e-3, 1),
     ('checkpoint.keep_latest', config.checkpoint.keep_latest, 1, math.inf),
   ):
     if not low <= value <= high:

@@ -265,6 +265,18 @@ def _infer(gamma: str, classifier: str):
   return infer
 
 
+# Layers of layer-wise learning-rate decay: 12 groups, three blocks of stage 3 in each.
+DECAY_LAYERS = {
+  'backbone/stem/': 0,
+  'backbone/stage1/': 1,
+  'backbone/(downsample2|stage2)/': 2,
+  'backbone/downsample3/': 3,
+  **{
+    f'backbone/stage3/block({"|".join(f"{3 * k + j:02d}" for j in range(3))})/': 3 + k
+    for k in range(9)
+  },
+  'backbone/(downsample4|stage4)/': 12,
+}
 REFERENCES = {
   'official': reference.Reference(
     origin='github.com/facebookresearch/ConvNeXt, models/convnext.py',

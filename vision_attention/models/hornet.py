@@ -240,6 +240,15 @@ def _rules() -> list[reference.Rule]:
   ]
 
 
+# Layers of layer-wise learning-rate decay: 12 groups, two blocks of stage 3 in each.
+DECAY_LAYERS = {
+  'backbone/stem/': 0,
+  'backbone/stage1/': 1,
+  'backbone/(downsample2|stage2)/': 2,
+  'backbone/downsample3/': 3,
+  **{f'backbone/stage3/block({2 * k:02d}|{2 * k + 1:02d})/': 3 + k for k in range(9)},
+  'backbone/(downsample4|stage4)/': 12,
+}
 REFERENCES = {
   'official': reference.Reference(
     origin=f'{_CODE}, hornet.py', rules=tuple(_rules()), infer=_infer

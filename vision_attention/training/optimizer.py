@@ -4,7 +4,7 @@ Reads of `config.optimizer`: `name` (`adamw`, `sgd`, `lamb`, `adafactor`), `lear
 `b1`, `b2`, `epsilon`, `momentum`, `nesterov`, `momentum_dtype`, `weight_decay`, `weight_decay_mask`
 (patterns of parameters that decay), `weight_decay_times_lr` (whether decay is multiplied by the
 peak learning rate too, or by the schedule alone), `lr_multipliers` (pairs of pattern and factor; 0
-freezes), `clip_norm` (global), `clip_adaptive` (AGC, arXiv 2102.06171). Zero switches off.
+freezes), `layer_decay` (see `models.depth`), `clip_norm` (global), `clip_adaptive` (AGC, arXiv 2102.06171). Zero switches off.
 """
 
 import re
@@ -81,7 +81,7 @@ def _direction(config: Any, decay: optax.GradientTransformation) -> list[Any]:
 
 
 def make(
-  config: Any, factor: Callable[[Any], jax.Array], params: Any
+  config: Any, factor: Callable[[Any], jax.Array], params: Any, factors: Any = None
 ) -> optax.GradientTransformation:
   """Makes the optimizer.
 
@@ -89,6 +89,7 @@ def make(
     config: `config.optimizer`.
     factor: step -> factor on the peak learning rate.
     params: parameters or their shapes, against which patterns are checked.
+    factors: on the learning rate of every parameter, of the same structure; None for 1.
 
   Raises:
     ValueError: for an unknown name, or a pattern that matches no parameter.
@@ -113,4 +114,7 @@ def make(
     chain += [*_direction(config, optax.identity()), optax.scale(config.learning_rate), decay]
   if config.lr_multipliers:
     chain.append(_scale_by_patterns(config.lr_multipliers))
+  if factors is not None:
+    multiply = lambda updates, _: jax.tree.map(lambda x, f: x * f, updates, factors)
+    chain.append(optax.stateless(multiply))
   return optax.chain(*chain, optax.scale_by_schedule(factor), optax.scale(-1.0))
