@@ -7,6 +7,7 @@ checkpoint with the next batch, and ends in the same state and the same metrics,
 import collections
 import dataclasses
 import functools
+import json
 import logging
 import os
 import pathlib
@@ -50,8 +51,11 @@ def _teacher_variables(plan: planning.Plan) -> Any:
   return jax.device_put(variables, sharding.shardings(variables, plan.mesh))
 
 
-def _start(plan: planning.Plan) -> tuple[state.TrainState, state.Window]:
-  """Makes the state before the first step: fresh, or from the variables of `config.init`."""
+def _start(plan: planning.Plan, workdir: pathlib.Path) -> tuple[state.TrainState, state.Window]:
+  """Makes the state before the first step: fresh, or from the variables of `config.init`.
+
+  What became of every array of those is printed, and written in full to `init.json`.
+  """
   fresh, window = jax.jit(plan.init, out_shardings=plan.places)()
   config = plan.config
   if not config.init.path:
@@ -60,9 +64,12 @@ def _start(plan: planning.Plan) -> tuple[state.TrainState, state.Window]:
   init = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
   init = multihost_utils.process_allgather({k: v for k, v in init.items() if v}, tiled=True)
   variables, report = transfer.transfer(
-    config.model.name, loaded, init, fresh_paths=config.init.fresh
+    config.model.name, loaded, init, fresh_paths=config.init.fresh, classes=plan.classes
   )
   logger.info('started from %s: %s', config.init.path, report)
+  if jax.process_index() == 0:
+    text = json.dumps({'path': config.init.path, **dataclasses.asdict(report)}, indent=2)
+    (workdir / 'init.json').write_text(text)
   create = functools.partial(state.create, optimizer=plan.optimizer, averaged=config.ema.decay > 0)
   return jax.jit(create, out_shardings=plan.places[0])(variables), window
 
@@ -179,7 +186,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
   )
   start = manager.latest_step()
   if start is None:
-    start, (now, window) = 0, _start(plan)
+    start, (now, window) = 0, _start(plan, workdir)
   else:
     place = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
     targets = jax.tree.map(place, plan.shapes, plan.places)

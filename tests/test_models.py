@@ -225,6 +225,35 @@ def test_conventions_follow_the_weights():
   np.testing.assert_array_equal(timm.apply(variables, images), marked['timm'])
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize('name', ['vit_ti16', 'levit_128s', 'volo_d1'])
+def test_transfer_picks_classes_of_the_head(name):
+  """As ImageNet-1k's out of 21k; a class that the weights lack begins fresh."""
+  rng = np.random.default_rng(0)
+  loaded, init = (
+    jax.tree.map(
+      lambda x: rng.standard_normal(x.shape).astype(np.float32),
+      abstract.variables(name, num_classes=count, **TINY[name]),
+    )
+    for count in (7, 4)
+  )
+  variables, report = transfer.transfer(name, loaded, init, classes=[5, -1, 0, 5])
+  assert not report.reinitialised
+  assert not report.dropped
+  theirs, ours, fresh = map(tree.flatten, (loaded, variables, init))
+  assert set(report.picked) == {p for p in ours if np.shape(ours[p]) != np.shape(theirs[p])}
+  assert len(report.picked) == {'vit_ti16': 2, 'levit_128s': 4, 'volo_d1': 4}[name]
+  for path in report.picked:
+    np.testing.assert_array_equal(ours[path][..., [0, 2, 3]], theirs[path][..., [5, 0, 5]])
+    np.testing.assert_array_equal(ours[path][..., 1], fresh[path][..., 1])
+  with pytest.raises(ValueError, match='up to number 7'):
+    transfer.transfer(name, loaded, init, classes=[5, 7, 0, 5])
+  # Also where both have as many classes, their order may be another.
+  variables, _ = transfer.transfer(name, init, init, classes=[3, 2, 1, 0])
+  for path in report.picked:
+    np.testing.assert_array_equal(tree.flatten(variables)[path], fresh[path][..., ::-1])
+
+
 def test_transfer_resizes_tables_and_makes_the_head_anew():
   options = {key: value for key, value in TINY['coatnet_0'].items() if key != 'image_size'}
   small, large = (

@@ -220,8 +220,12 @@ def test_fine_tuning_takes_over_all_but_what_changes(data_dir, tmp_path, caplog)
   config = _loop(data_dir, **{'image_size': 64, 'init.path': str(tmp_path / 'first')})
   plan = planning.prepare(config)
   with caplog.at_level('INFO', 'vision_attention'):
-    now, window = train._start(plan)
+    now, window = train._start(plan, tmp_path)
   assert 'resized (params/backbone/stage' in caplog.text
+  report = json.loads((tmp_path / 'init.json').read_text())
+  assert report['path'] == str(tmp_path / 'first')
+  assert all(path.endswith('relative_position') for path in report['resized'])
+  assert (len(report['resized']) > 0, report['reinitialised'], report['dropped']) == (True, [], [])
   assert (int(now.step), int(window.steps)) == (0, 0)
   loaded = tree.flatten(checkpoint.load_variables(tmp_path / 'first', ema=True)['params'])
   mine = tree.flatten(now.params)

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from vision_attention import checkpoint, convert, errors, macs
-from vision_attention.data import pipeline
+from vision_attention.data import classes, pipeline
 from vision_attention.models import base, depth, registry
 from vision_attention.training import (
   erasing,
@@ -51,6 +51,7 @@ class Plan:
   shapes: tuple[Any, Any]
   places: tuple[Any, Any]
   teacher: base.Classifier | None
+  classes: Sequence[int] | None
 
 
 def prepare(config: Any, *, with_data: bool = True, devices: Sequence[Any] | None = None) -> Plan:
@@ -115,6 +116,7 @@ def prepare(config: Any, *, with_data: bool = True, devices: Sequence[Any] | Non
   model = checkpoint.create_model(config)
   objective.check(config, model.outputs)
   teacher = _teacher(config, with_data)
+  mapped = with_data and bool(config.init.path and config.init.classes)
   info = registry.create_model(config.model.name, image_size=config.image_size)[1]
   variables = convert.abstract_variables(model, info)
   decay, params = config.optimizer.layer_decay, variables['params']
@@ -145,7 +147,14 @@ def prepare(config: Any, *, with_data: bool = True, devices: Sequence[Any] | Non
     shapes,
     places,
     teacher,
+    _class_map(config, data.label_names) if mapped else None,
   )
+
+
+def _class_map(config: Any, ours: Sequence[str]) -> list[int]:
+  """The number of each class of the data among those of the weights to start from."""
+  theirs = classes.names(config.init.classes, config.data.data_dir or None)
+  return classes.index_map(theirs, ours)
 
 
 def _teacher(config: Any, with_data: bool) -> base.Classifier | None:
@@ -180,6 +189,10 @@ def _check_values(config: Any) -> None:
   errors.check_choice('config.eval.best_by', config.eval.best_by, best)
   errors.check_choice('config.model.dtype', config.model.dtype, DTYPES)
   errors.check_choice('config.optimizer.momentum_dtype', config.optimizer.momentum_dtype, DTYPES)
+  if config.init.classes and not config.init.path:
+    raise ValueError(
+      f'config.init.classes {config.init.classes!r} picks from weights: name them by init.path'
+    )
   errors.check_choice('config.erasing.mode', config.erasing.mode, erasing.MODES)
   mixing = config.mixing
   if (

@@ -76,6 +76,12 @@ def _builder(folder: pathlib.Path):
   return tfds.builder_from_directory(folder)
 
 
+def label_names(name: str, data_dir: str | None = None) -> tuple[str, ...]:
+  """Returns the names of a prepared data set's classes; raises MissingDataError without one."""
+  info: Any = _builder(find(name, data_dir)).info
+  return tuple(info.features['label'].names or ())
+
+
 class TfRecords:
   """Random access to one TFRecord file by an index of its records' offsets."""
 

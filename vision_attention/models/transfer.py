@@ -1,4 +1,4 @@
-"""Variables trained at one resolution and number of classes, taken over to another."""
+"""Variables trained at one resolution and on other classes, taken over to a model of our own."""
 
 import dataclasses
 import re
@@ -19,6 +19,9 @@ OPERATOR_TABLES = {
   r'params/.*/attn/depthwise/filter': global_filter.resize,
 }
 
+# What gives a number to every class; some heads have several.
+_CLASSIFIER = re.compile(r'params/head/\w*classifier/(linear/)?(kernel|bias)')
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -26,12 +29,13 @@ class Report:
 
   loaded: tuple[str, ...]
   resized: tuple[str, ...]
+  picked: tuple[str, ...]
   reinitialised: tuple[str, ...]
   dropped: tuple[str, ...]
 
   def __str__(self) -> str:
     parts = [f'{len(self.loaded)} loaded']
-    for what in ('resized', 'reinitialised', 'dropped'):
+    for what in ('resized', 'picked', 'reinitialised', 'dropped'):
       paths = getattr(self, what)
       if paths:
         parts.append(f'{len(paths)} {what} ({", ".join(paths)})')
@@ -44,6 +48,7 @@ def transfer(
   init: Mapping[str, Any],
   reinit: Sequence[str] = ('head',),
   fresh_paths: Sequence[str] = (),
+  classes: Sequence[int] | None = None,
 ) -> tuple[dict[str, Any], Report]:
   """Fits loaded variables to a model's freshly initialised ones.
 
@@ -58,6 +63,8 @@ def transfer(
     reinit: top-level submodules (`head`) that may differ.
     fresh_paths: patterns; a path in which one is found may be missing, and keeps its fresh value,
       or be left over.
+    classes: for each of the new model's classes its number among those of the weights, or -1 for
+      one that they lack, which keeps its fresh values. The head is taken over by it, not made anew.
 
   Raises:
     ValueError: listing every array that is missing, left over or of a wrong shape elsewhere.
@@ -68,6 +75,7 @@ def transfer(
   # A model remembers whose convention its weights follow.
   source = {path: value for path, value in source.items() if not path.startswith('convention/')}
   fresh = set()
+  picked = [] if classes is None else _pick(source, target, np.asarray(classes))
   for module in reinit:
     mine = {path for path in target if path.split('/')[1] == module}
     theirs = {path for path in source if path.split('/')[1] == module}
@@ -96,9 +104,31 @@ def transfer(
   if problems:
     raise ValueError(f'variables do not fit {name}:\n  ' + '\n  '.join(sorted(problems)))
   report = Report(
-    loaded=tuple(sorted(set(values) - fresh - set(resized))),
+    loaded=tuple(sorted(set(values) - fresh - {*resized, *picked})),
     resized=tuple(sorted(resized)),
+    picked=tuple(sorted(picked)),
     reinitialised=tuple(sorted(path for path in fresh if path in target)),
     dropped=tuple(sorted(path for path in fresh if path not in target)),
   )
   return tree.unflatten(values), report
+
+
+def _pick(source: dict[str, Any], target: Mapping[str, Any], classes: np.ndarray) -> list[str]:
+  """Replaces the classifiers of the weights by the columns of our classes; returns their paths.
+
+  Raises:
+    ValueError: if the weights have no classifier, or one of fewer classes than the map names.
+  """
+  picked = [path for path in target if path in source and _CLASSIFIER.fullmatch(path)]
+  if not picked:
+    raise ValueError('the weights have no classifier from which to pick classes')
+  for path in picked:
+    theirs, ours = np.asarray(source[path]), np.asarray(target[path])
+    if classes.max() >= theirs.shape[-1] or ours.shape[-1] != len(classes):
+      raise ValueError(
+        f'a class map of {len(classes)} classes, up to number {classes.max()}, does not lead from '
+        f'{path} {theirs.shape} of the weights to {ours.shape}: it is the map of other classes'
+      )
+    if theirs.shape[:-1] == ours.shape[:-1]:
+      source[path] = np.where(classes >= 0, theirs[..., classes], ours)
+  return picked

@@ -4,7 +4,8 @@ Reads of `config.optimizer`: `name` (`adamw`, `sgd`, `lamb`, `adafactor`), `lear
 `b1`, `b2`, `epsilon`, `momentum`, `nesterov`, `momentum_dtype`, `weight_decay`, `weight_decay_mask`
 (patterns of parameters that decay), `weight_decay_times_lr` (whether decay is multiplied by the
 peak learning rate too, or by the schedule alone), `lr_multipliers` (pairs of pattern and factor; 0
-freezes), `layer_decay` (see `models.depth`), `clip_norm` (global), `clip_adaptive` (AGC, arXiv 2102.06171). Zero switches off.
+freezes), `clip_norm` (global), `clip_adaptive` (AGC, arXiv 2102.06171). Zero switches off. Factors
+by layer (`layer_decay`, see `models.depth`) are given as a tree.
 """
 
 import re
