@@ -20,7 +20,7 @@ OPERATOR_TABLES = {
 }
 
 # What gives a number to every class; some heads have several.
-_CLASSIFIER = re.compile(r'params/head/\w*classifier/(linear/)?(kernel|bias)')
+_CLASSIFIER = re.compile(r'params/head/(\w*classifier|distilled)/(linear/)?(kernel|bias)')
 
 
 @dataclasses.dataclass(frozen=True)
