@@ -201,20 +201,25 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     start_step=start,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    phases=[(phase.first, phase.train_ops) for phase in plan.phases],
   )
-  train_step = jax.jit(
-    state.make_train_step(
-      plan.model.apply,
-      plan.optimizer,
-      config,
-      config.data.num_classes,
-      plan.class_weights,
-      outputs=plan.model.outputs,
-      teacher=plan.teacher and plan.teacher.apply,
-    ),
-    donate_argnums=0,
-    out_shardings=plan.places,
-  )
+  train_steps = {
+    phase.first: jax.jit(
+      state.make_train_step(
+        phase.model.apply,
+        plan.optimizer,
+        config,
+        config.data.num_classes,
+        plan.class_weights,
+        outputs=phase.model.outputs,
+        teacher=plan.teacher and plan.teacher.apply,
+      ),
+      donate_argnums=0,
+      out_shardings=plan.places,
+    )
+    for phase in plan.phases
+  }
+  train_step = train_steps[max(first for first in train_steps if first <= start)]
   teacher = _teacher_variables(plan)
   evaluator = _Evaluator(plan)
   writer = metrics.Writer(workdir, start, jax.process_index() == 0)
@@ -276,6 +281,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     began = time.monotonic()
     batch = _to_devices(plan.mesh, next(batches))
     clock.wait(time.monotonic() - began)
+    train_step = train_steps.get(step - 1, train_step)
     now, window = train_step(now, window, batch, teacher)
     running.append(window.loss)
     if len(running) > 2:

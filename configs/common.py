@@ -181,6 +181,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.batch_size = 1024  # of all devices together
   config.accumulate = 1  # micro-batches per step
   config.total = '300 epochs'
+  # Of progressive resizing: durations and sizes before `image_size`, (('100 epochs', 128), ...).
+  config.progressive = ()
 
   config.model = ml_collections.ConfigDict()
   config.model.name = ''

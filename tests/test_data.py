@@ -113,6 +113,28 @@ def test_batches_are_a_function_of_the_step_and_of_no_number_of_processes(data_d
   assert np.bincount(np.concatenate([b['label'] for b in whole[:180]])).min() > 130
 
 
+def test_phases_change_the_operations_and_nothing_else(data_dir):
+  config = _config(data_dir)
+  phases = [(0, ('resize(8)',)), (3, ('resize(12)',)), (5, config.train_ops)]
+  take = lambda start, count, **changes: [
+    batch
+    for batch, _ in zip(
+      pipeline.train_batches(config, seed=3, batch_size=8, start_step=start, **changes),
+      range(count),
+      strict=False,
+    )
+  ]
+  staged, plain = take(0, 8, phases=phases), take(0, 8)
+  assert [b['image'].shape[1] for b in staged] == [8, 8, 8, 12, 12, 16, 16, 16]
+  for a, b in zip(staged, plain, strict=True):
+    np.testing.assert_array_equal(a['label'], b['label'])
+  for a, b in zip(staged[5:], plain[5:], strict=True):
+    np.testing.assert_array_equal(a['image'], b['image'])
+  for start in (2, 3, 6):
+    for a, b in zip(take(start, 2, phases=phases), staged[start:], strict=False):
+      np.testing.assert_array_equal(a['image'], b['image'])
+
+
 def test_repeats_are_copies_in_a_row_with_augmentations_of_their_own(data_dir):
   plain = _config(data_dir, train_ops=('resize(8)',), repeats=3)
   first = next(pipeline.train_batches(plain, seed=0, batch_size=12, start_step=0))

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,37 @@ def test_fine_tuning_takes_over_all_but_what_changes(data_dir, tmp_path, caplog)
   jax.tree.map(np.testing.assert_array_equal, now.ema_params, now.params)
   moments = [x for x in jax.tree.leaves(now.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)]
   assert all((np.asarray(x) == 0).all() for x in moments)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('_own_signals')
+def test_sizes_grow_through_a_run(data_dir, tmp_path):
+  """The last phase is at `image_size`, at which every evaluation is."""
+  changes = {'progressive': (('5 steps', 16),), 'model.options.layout': 'CCCC'}
+  changes |= {'checkpoint.keep_latest': 3}
+  config = _loop(data_dir, **changes)
+  plan = planning.prepare(config)
+  assert [phase.first for phase in plan.phases] == [0, 5]
+  assert 'resize(16,' in plan.phases[0].train_ops[0]
+  assert plan.phases[1].train_ops == plan.config.data.train_ops
+  found = train.train_and_evaluate(config, tmp_path / 'grown')
+  assert found['eval/count'] == 50
+  # Begun again at step 5 it goes on at the larger size and ends alike.
+  shutil.copytree(tmp_path / 'grown', tmp_path / 'again')
+  for step in (10, 12):
+    shutil.rmtree(tmp_path / f'again/checkpoints/{step}')
+  assert checkpoint.steps_of(tmp_path / 'again') == [5]
+  train.train_and_evaluate(config, tmp_path / 'again')
+  states = [checkpoint.load_state(tmp_path / name) for name in ('grown', 'again')]
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_progressive_sizes_are_checked(data_dir):
+  with pytest.raises(ValueError, match=r'for which coatnet_0 has [0-9]+ other arrays than for 32'):
+    planning.prepare(_loop(data_dir, progressive=(('5 steps', 16),)))
+  options = {'model.options.layout': 'CCCC'}
+  with pytest.raises(ValueError, match='takes 12 of 12 steps'):
+    planning.prepare(_loop(data_dir, progressive=(('12 steps', 16),), **options))
 
 
 _MESHES = """

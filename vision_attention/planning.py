@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -16,7 +17,7 @@ from etils import epath
 
 from vision_attention import checkpoint, convert, errors, macs
 from vision_attention.data import classes, pipeline
-from vision_attention.models import base, depth, registry
+from vision_attention.models import base, depth, registry, tree
 from vision_attention.training import (
   erasing,
   losses,
@@ -32,6 +33,21 @@ DTYPES = ('float32', 'bfloat16')
 # Config keys that do not change what is computed, so that a run may go on with other values.
 VOLATILE = ('log_every', 'checkpoint', 'profile', 'compile_cache', 'mesh', 'data.data_dir')
 VOLATILE += ('data.num_threads', 'data.num_workers', 'data.prefetch')
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """Some steps of a run at one image size.
+
+  Attributes:
+    first: the step before its first one.
+    train_ops: on its images.
+    model: for its size; its variables are those of the run's model.
+  """
+
+  first: int
+  train_ops: Sequence[str]
+  model: base.Classifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +68,7 @@ class Plan:
   places: tuple[Any, Any]
   teacher: base.Classifier | None
   classes: Sequence[int] | None
+  phases: Sequence[Phase]
 
 
 def prepare(config: Any, *, with_data: bool = True, devices: Sequence[Any] | None = None) -> Plan:
@@ -66,9 +83,9 @@ def prepare(config: Any, *, with_data: bool = True, devices: Sequence[Any] | Non
     ValueError, FileNotFoundError: naming the value, what is allowed and the nearest fix.
   """
   config = ml_collections.ConfigDict(config.copy_and_resolve_references())
-  size = str(config.image_size)
+  templates = config.data.train_ops
   for key in ('train_ops', 'eval_ops'):
-    config.data[key] = tuple(op.replace('{size}', size) for op in config.data[key])
+    config.data[key] = _of_size(config.data[key], config.image_size)
   if with_data:
     data = pipeline.dataset_info(config.data)
     if config.data.num_classes not in (0, data.num_classes):
@@ -148,7 +165,50 @@ def prepare(config: Any, *, with_data: bool = True, devices: Sequence[Any] | Non
     places,
     teacher,
     _class_map(config, data.label_names) if mapped else None,
+    _phases(config, templates, to_steps, total, model, variables),
   )
+
+
+def _of_size(texts: Sequence[str], size: int) -> tuple[str, ...]:
+  return tuple(text.replace('{size}', str(size)) for text in texts)
+
+
+def _phases(
+  config: Any,
+  templates: Sequence[str],
+  to_steps: Callable[[str], int],
+  total: int,
+  model: base.Classifier,
+  variables: Any,
+) -> list[Phase]:
+  """The phases of progressive resizing, whose last and often only one is at `image_size`.
+
+  Raises:
+    ValueError: for phases of no steps, or sizes for which the model has other parameters.
+  """
+  found, start = [], 0
+  shapes = tree.flatten(jax.tree.map(lambda leaf: leaf.shape, variables))
+  for duration, size in config.progressive:
+    resized = ml_collections.ConfigDict({**config.to_dict(), 'image_size': size})
+    smaller = checkpoint.create_model(resized)
+    info = registry.create_model(config.model.name, image_size=size)[1]
+    theirs = convert.abstract_variables(smaller, info)
+    theirs = tree.flatten(jax.tree.map(lambda leaf: leaf.shape, theirs))
+    if other := [path for path in shapes if shapes[path] != theirs.get(path)]:
+      raise ValueError(
+        f'config.progressive has images of {size} pixels, for which {config.model.name} has '
+        f'{len(other)} other arrays than for {config.image_size} ({other[0]}, ...): only a model '
+        'without tables of positions can change its size while it trains'
+      )
+    found.append(Phase(start, _of_size(templates, size), smaller))
+    start += to_steps(duration)
+  found.append(Phase(start, tuple(config.data.train_ops), model))
+  if start >= total or any(a.first == b.first for a, b in itertools.pairwise(found)):
+    raise ValueError(
+      f'config.progressive {tuple(config.progressive)} takes {start} of {total} steps: every phase '
+      f'must take some and leave some to image_size {config.image_size}'
+    )
+  return found
 
 
 def _class_map(config: Any, ours: Sequence[str]) -> list[int]:
@@ -162,6 +222,8 @@ def _teacher(config: Any, with_data: bool) -> base.Classifier | None:
   teacher = config.teacher
   if not teacher.name:
     return None
+  if config.progressive:
+    raise ValueError('config.progressive changes sizes, and a teacher has one: leave one out')
   if with_data and not epath.Path(teacher.path).exists():
     raise FileNotFoundError(
       f'config.teacher.path {teacher.path!r} does not exist: give a run, a checkpoint or a weight '

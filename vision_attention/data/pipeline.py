@@ -11,6 +11,7 @@ Reads of `config.data`: `name`, `data_dir`, `train_split`, `eval_split`, `train_
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -122,6 +123,7 @@ def train_batches(
   start_step: int,
   process_index: int = 0,
   process_count: int = 1,
+  phases: Sequence[tuple[int, Sequence[str]]] = (),
 ) -> Iterator[Batch]:
   """Yields this process's share of the batch of every step from `start_step` on, without end.
 
@@ -132,6 +134,8 @@ def train_batches(
     start_step: the first step, from 0.
     process_index: which process this is.
     process_count: number of processes; divides the batch.
+    phases: pairs of a first step and the operations from there on, in order, the first from step
+      0; `config.train_ops` throughout if empty.
 
   Yields:
     `image` uint8 `[b, h, w, 3]`, `label` int32 `[b]`, `corrupt` int32 `[b]` (1 for an example that
@@ -145,16 +149,27 @@ def train_batches(
   )
   if config.repeats > 1:
     dataset = _Repeated(dataset, config.repeats, len(records))
-  dataset = dataset.random_map(_Augment(config.train_ops))[process_index::process_count].batch(
-    batch_size // process_count, drop_remainder=True
-  )[start_step:]
   options = grain.ReadOptions(
     num_threads=config.num_threads, prefetch_buffer_size=max(config.prefetch, config.num_threads)
   )
-  batches = dataset.to_iter_dataset(options)
-  if config.num_workers:
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
-  return iter(batches)
+
+  def batches(first: int, end: int | None, texts: Sequence[str]) -> Iterator[Batch]:
+    augmented = dataset.random_map(_Augment(texts))[process_index::process_count]
+    chosen = augmented.batch(batch_size // process_count, drop_remainder=True)[first:end]
+    found = chosen.to_iter_dataset(options)
+    if config.num_workers:
+      found = found.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
+    return iter(found)
+
+  if not phases:
+    return batches(start_step, None, config.train_ops)
+  ends = [first for first, _ in phases[1:]] + [None]
+  # A phase's reader starts when the one before it is through.
+  return itertools.chain.from_iterable(
+    batches(max(first, start_step), end, texts)
+    for (first, texts), end in zip(phases, ends, strict=True)
+    if end is None or end > start_step
+  )
 
 
 class EvalBatches:
