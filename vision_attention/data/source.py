@@ -30,6 +30,8 @@ _PREPARE = {
   'imagenet2012': 'tfds build imagenet2012 --file_format=array_record (needs ILSVRC2012 tars)',
 }
 
+_LABELS = ('label', 'real_label')
+
 
 class MissingDataError(FileNotFoundError):
   """A data set that is not on disk; the message says where it was sought and how to make it."""
@@ -37,11 +39,22 @@ class MissingDataError(FileNotFoundError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """One example, its image still encoded."""
+  """One example, its image still encoded.
+
+  Attributes:
+    image: as it was written.
+    labels: of its classes; mostly one, but any number where the data set has a sequence of them.
+    name: file and row, for messages.
+  """
 
   image: bytes
-  label: int
+  labels: tuple[int, ...]
   name: str
+
+  @property
+  def label(self) -> int:
+    """The first class, -1 where there is none."""
+    return self.labels[0] if self.labels else -1
 
 
 def find(name: str, data_dir: str | None = None) -> pathlib.Path:
@@ -76,10 +89,21 @@ def _builder(folder: pathlib.Path):
   return tfds.builder_from_directory(folder)
 
 
+def _label(name: str, features: Any) -> tuple[str, Any]:
+  """Returns the feature of the classes, whose labels one or several of an image are, by name."""
+  for key in _LABELS:
+    if key in features:
+      # A sequence of labels holds the feature of each.
+      return key, getattr(features[key], 'feature', features[key])
+  raise ValueError(
+    f'data set {name!r} has no feature {" or ".join(map(repr, _LABELS))}: it has {list(features)}'
+  )
+
+
 def label_names(name: str, data_dir: str | None = None) -> tuple[str, ...]:
   """Returns the names of a prepared data set's classes; raises MissingDataError without one."""
   info: Any = _builder(find(name, data_dir)).info
-  return tuple(info.features['label'].names or ())
+  return tuple(_label(name, info.features)[1].names or ())
 
 
 class TfRecords:
@@ -130,11 +154,11 @@ class Source:
     base = split.split('[')[0].split('+')[0]
     if base not in info.splits:
       raise ValueError(f'data set {name!r} has no split {base!r}: it has {sorted(info.splits)}')
-    for key in ('image', 'label'):
-      if key not in info.features:
-        raise ValueError(f'data set {name!r} has no feature {key!r}: it has {list(info.features)}')
-    self.num_classes: int = info.features['label'].num_classes
-    self.label_names: Sequence[str] = tuple(info.features['label'].names or ())
+    if 'image' not in info.features:
+      raise ValueError(f"data set {name!r} has no feature 'image': it has {list(info.features)}")
+    self._key, label = _label(name, info.features)
+    self.num_classes: int = label.num_classes
+    self.label_names: Sequence[str] = tuple(label.names or ())
     self._is_array_record = str(info.file_format.value) == 'array_record'
     # Shard, first record of it, number of records.
     self._parts = [
@@ -150,7 +174,7 @@ class Source:
     """Returns the number of examples of every class; reads the whole split."""
     counts = np.zeros(self.num_classes, np.int64)
     for i in range(len(self)):
-      counts[self[i].label] += 1
+      counts[list(self[i].labels)] += 1
     return counts
 
   def __getitem__(self, index: int) -> Record:
@@ -167,7 +191,7 @@ class Source:
     features = example.features.feature
     return Record(
       image=features['image'].bytes_list.value[0],
-      label=int(features['label'].int64_list.value[0]),
+      labels=tuple(features[self._key].int64_list.value),
       name=f'{os.path.basename(path)}:{row}',
     )
 
