@@ -80,19 +80,7 @@ def test_a_missing_data_set_is_explained_at_once(tmp_path):
     pipeline.dataset_info(_config(tmp_path, name='imagenet2012'))
   assert time.monotonic() - start < 2
   assert str(tmp_path) in str(caught.value)
-  assert 'tfds build imagenet2012' in str(caught.value)
-
-
-def test_tfrecord_files_are_indexed(tmp_path):
-  records = [b'one', b'', b'three' * 100]
-  path = tmp_path / 'x.tfrecord'
-  framed = [struct.pack('<Q', len(r)) + b'....' + r + b'....' for r in records]
-  path.write_bytes(b''.join(framed))
-  read = source.TfRecords(str(path))
-  assert [read[i] for i in range(len(read))] == records
-  path.write_bytes(b''.join(framed)[:-3])
-  with pytest.raises(ValueError, match='truncated'):
-    source.TfRecords(str(path))
+  assert 'prepare_data.py imagenet2012 --input=' in str(caught.value)
 
 
 def test_batches_are_a_function_of_the_step_and_of_no_number_of_processes(data_dir):

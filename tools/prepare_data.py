@@ -5,9 +5,14 @@
   python tools/prepare_data.py image_folder --name=flowers --input=flowers   # train/rose/1.jpg
   python tools/prepare_data.py ham10000 --source=HAM10000                    # five folds
   python tools/prepare_data.py ham10000 --source=HAM10000 --splits=holdout   # 70 / 10 / 20 %
+  python tools/prepare_data.py imagenet2012 --input=<folder> --workers=8     # ILSVRC2012_img_*.tar
+  python tools/prepare_data.py imagenet21k --input=winter21_whole.tar.gz --classes=winter21
+  python tools/prepare_data.py imagenet_v2 --input=<folder> --variant=matched-frequency
+  python tools/prepare_data.py imagenet_r --input=<folder>    # also _a, _sketch, imagenet2012_real
 
-Fashion-MNIST's files are in Debian's package dataset-fashion-mnist. A data set lands in
-`--data_dir` (default: $TFDS_DATA_DIR or `data`), where training looks for it.
+ImageNet's may be killed and repeated: finished files are kept, and the data set appears when it is
+whole, the same to the byte. Fashion-MNIST's files are in Debian's package dataset-fashion-mnist. A
+data set lands in `--data_dir` (default: $TFDS_DATA_DIR or `data`), where training looks for it.
 """
 
 import argparse
@@ -20,17 +25,63 @@ from vision_attention.data import builders, ham10000
 FASHION = (
   't_shirt_top trouser pullover dress coat sandal shirt sneaker bag ankle_boot'.split()  # noqa: SIM905
 )
+SMALL = ('digits', 'idx', 'image_folder', 'ham10000')
+LARGE = [
+  'imagenet2012',
+  'imagenet21k',
+  'imagenet_v2',
+  'imagenet_a',
+  'imagenet_r',
+  'imagenet_sketch',
+  'imagenet2012_real',
+]
+
+
+def _large(args: argparse.Namespace) -> pathlib.Path:
+  """Writes what needs shards and processes."""
+  from vision_attention.data import imagenet, imagenet21k  # TFDS is slow to import
+
+  options = {
+    'file_format': args.file_format,
+    'workers': args.workers,
+    'overwrite': args.overwrite,
+    'shard_bytes': args.shard_megabytes * 2**20,
+  }
+  if args.kind == 'imagenet2012':
+    return imagenet.imagenet2012(args.input, args.data_dir, seed=args.seed, **options)
+  if args.kind == 'imagenet21k':
+    return imagenet21k.imagenet21k(
+      args.input,
+      args.data_dir,
+      kind=args.classes,
+      validation=args.validation,
+      seed=args.seed,
+      **options,
+    )
+  return imagenet.evaluation_set(
+    args.kind, args.input, args.data_dir, variant=args.variant, **options
+  )
 
 
 def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('kind', choices=('digits', 'idx', 'image_folder', 'ham10000'))
+  parser.add_argument('kind', choices=(*SMALL, *LARGE))
   parser.add_argument('--name', help='of the data set; digits and ham10000 need none')
-  parser.add_argument('--input', '--source', type=pathlib.Path, help='folder of the files')
+  parser.add_argument(
+    '--input', '--source', type=pathlib.Path, help='folder of the files, or archive'
+  )
   parser.add_argument('--splits', choices=tuple(ham10000.SPLITS), default='folds', help='ham10000')
-  parser.add_argument('--seed', type=int, default=0, help="of ham10000's splits")
+  parser.add_argument(
+    '--seed', type=int, default=0, help="of ham10000's splits, of ImageNet's order"
+  )
+  parser.add_argument('--file_format', default='array_record', help="or tfrecord; ImageNet's")
+  parser.add_argument('--workers', type=int, default=os.cpu_count(), help="processes; ImageNet's")
+  parser.add_argument('--shard_megabytes', type=int, default=256, help="ImageNet's files")
+  parser.add_argument('--classes', default='winter21', help='or fall11, 21k_p, google21843')
+  parser.add_argument('--validation', type=float, default=0.01, help="imagenet21k's share")
+  parser.add_argument('--variant', default='matched-frequency', help='or threshold-0.7, topimages')
   parser.add_argument(
     '--data_dir', type=pathlib.Path, default=pathlib.Path(os.environ.get('TFDS_DATA_DIR', 'data'))
   )
@@ -43,6 +94,9 @@ def main() -> int:
   holdout = args.kind == 'ham10000' and args.splits == 'holdout'
   name = args.name or ('ham10000_holdout' if holdout else args.kind)
   try:
+    if args.kind in LARGE:
+      print(f'wrote {args.kind} to {_large(args)}')
+      return 0
     if args.kind == 'digits':
       raw = builders.digits()
     elif args.kind == 'idx':
@@ -56,7 +110,7 @@ def main() -> int:
     print(error)
     # The data set is there, which is what was asked for.
     return 0
-  except (FileNotFoundError, ValueError) as error:
+  except (OSError, RuntimeError, ValueError) as error:
     print(error, file=sys.stderr)
     return 2
   print(f'wrote {name} to {folder}')

@@ -1,16 +1,21 @@
-"""Random access to the encoded images of a TFDS data set, in ArrayRecord or TFRecord files."""
+"""Random access to the encoded images of a TFDS data set, in ArrayRecord or TFRecord files.
+
+Both may be local or at `gs://...`: ArrayRecord's library reads buckets itself, TFRecord files go
+through `etils.epath`, which needs gcsfs or TensorFlow for it.
+"""
 
 import bisect
 import dataclasses
 import functools
 import os
-import pathlib
-import struct
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_data_source
+from etils import epath
+
+from vision_attention.data import tfrecord
 
 DEFAULT_DIRS = ('~/tensorflow_datasets', 'data')
 _PREPARE = {
@@ -27,7 +32,27 @@ _PREPARE = {
     'python tools/prepare_data.py ham10000 --splits=holdout --source=<folder of '
     'HAM10000_images_part_1.zip, HAM10000_images_part_2.zip and HAM10000_metadata.csv>'
   ),
-  'imagenet2012': 'tfds build imagenet2012 --file_format=array_record (needs ILSVRC2012 tars)',
+  'imagenet2012': (
+    'python tools/prepare_data.py imagenet2012 --input=<folder of ILSVRC2012_img_train.tar and '
+    'ILSVRC2012_img_val.tar>'
+  ),
+  'imagenet2012_real': (
+    'python tools/prepare_data.py imagenet2012_real --input=<folder of ILSVRC2012_img_val.tar and '
+    'real.json>'
+  ),
+  'imagenet_v2': (
+    'python tools/prepare_data.py imagenet_v2 --variant={config} --input=<folder of '
+    'imagenetv2-*.tar.gz>'
+  ),
+  'imagenet_a': 'python tools/prepare_data.py imagenet_a --input=<folder of imagenet-a.tar>',
+  'imagenet_r': 'python tools/prepare_data.py imagenet_r --input=<folder of imagenet-r.tar>',
+  'imagenet_sketch': (
+    'python tools/prepare_data.py imagenet_sketch --input=<folder of ImageNet-Sketch.zip>'
+  ),
+  'imagenet21k': (
+    'python tools/prepare_data.py imagenet21k --classes={config} --input=<winter21_whole.tar.gz or '
+    'fall11_whole.tar>'
+  ),
 }
 
 _LABELS = ('label', 'real_label')
@@ -57,33 +82,45 @@ class Record:
     return self.labels[0] if self.labels else -1
 
 
-def find(name: str, data_dir: str | None = None) -> pathlib.Path:
+def _prepare(stem: str) -> str:
+  """Returns how a data set is prepared."""
+  name, _, config = stem.partition('/')
+  if how := _PREPARE.get(name):
+    default = {'imagenet_v2': 'matched-frequency', 'imagenet21k': 'winter21'}.get(name, '')
+    return how.replace('{config}', config or default)
+  return f'tfds build {stem} --file_format=array_record'
+
+
+def find(name: str, data_dir: str | None = None) -> epath.Path:
   """Returns the folder of a prepared data set.
 
   Args:
     name: `imagenet2012`, or with a config or version, `imagenet_v2/matched-frequency:3.0.0`.
-    data_dir: where to look; else `$TFDS_DATA_DIR`, `~/tensorflow_datasets` and `data`.
+    data_dir: where to look, also `gs://...`; else `$TFDS_DATA_DIR`, `~/tensorflow_datasets` and
+      `data`.
 
   Raises:
-    MissingDataError: if it is not there.
+    MissingDataError: if it is not there, or the place cannot be reached.
   """
   stem, _, version = name.partition(':')
   environment = os.environ.get('TFDS_DATA_DIR')
   places = [data_dir] if data_dir else [*filter(None, [environment]), *DEFAULT_DIRS]
-  looked = [pathlib.Path(place).expanduser() / stem for place in places]
+  looked = [epath.Path(place).expanduser() / stem for place in places]
   for folder in looked:
-    found = [p.parent for p in folder.glob(f'{version or "*"}/dataset_info.json')]
+    try:
+      found = [p.parent for p in folder.glob(f'{version or "*"}/dataset_info.json')]
+    except (OSError, ImportError, ValueError) as error:
+      raise MissingDataError(f'data set {name!r}: {folder} cannot be read: {error}') from error
     if found:
       return max(found, key=lambda p: [int(n) for n in p.name.split('.') if n.isdigit()])
-  how = _PREPARE.get(stem, f'tfds build {stem} --file_format=array_record')
   raise MissingDataError(
-    f'data set {name!r} is not in {", ".join(str(p) for p in looked)}. Prepare it with: {how}; or '
-    'name its place by config.data.data_dir or TFDS_DATA_DIR'
+    f'data set {name!r} is not in {", ".join(str(p) for p in looked)}. Prepare it with: '
+    f'{_prepare(stem)}; or name its place by config.data.data_dir or TFDS_DATA_DIR'
   )
 
 
 @functools.cache
-def _builder(folder: pathlib.Path):
+def _builder(folder: epath.Path):
   import tensorflow_datasets as tfds  # slow to import, and not needed to say that data is missing
 
   return tfds.builder_from_directory(folder)
@@ -104,35 +141,6 @@ def label_names(name: str, data_dir: str | None = None) -> tuple[str, ...]:
   """Returns the names of a prepared data set's classes; raises MissingDataError without one."""
   info: Any = _builder(find(name, data_dir)).info
   return tuple(_label(name, info.features)[1].names or ())
-
-
-class TfRecords:
-  """Random access to one TFRecord file by an index of its records' offsets."""
-
-  def __init__(self, path: str):
-    self._path = path
-    self._offsets: list[tuple[int, int]] = []
-    size = os.path.getsize(path)
-    with open(path, 'rb') as file:
-      at = 0
-      while at < size:
-        # Framing: length (8 bytes), its checksum (4), the record, its checksum (4).
-        header = file.read(12)
-        length = struct.unpack('<Q', header[:8])[0] if len(header) == 12 else size
-        if at + 16 + length > size:
-          raise ValueError(f'{path} is truncated at byte {at}')
-        self._offsets.append((at + 12, length))
-        at += 16 + length
-        file.seek(at)
-
-  def __len__(self) -> int:
-    return len(self._offsets)
-
-  def __getitem__(self, index: int) -> bytes:
-    offset, length = self._offsets[index]
-    with open(self._path, 'rb') as file:
-      file.seek(offset)
-      return file.read(length)
 
 
 class Source:
@@ -160,12 +168,24 @@ class Source:
     self.num_classes: int = label.num_classes
     self.label_names: Sequence[str] = tuple(label.names or ())
     self._is_array_record = str(info.file_format.value) == 'array_record'
-    # Shard, first record of it, number of records.
+    instructions = info.splits[split].file_instructions
+    there = {path.name for path in self.folder.iterdir()}
+    if missing := [i.filename for i in instructions if os.path.basename(i.filename) not in there]:
+      raise MissingDataError(
+        f'data set {name!r} lacks {len(missing)} of the {len(instructions)} files of {split}, such '
+        f'as {missing[0]}: copy it again, or prepare the data set again'
+      )
+    # Shard, records in it, first one taken, number taken.
     self._parts = [
-      (part.filename, part.skip, part.examples_in_shard - part.skip if part.take < 0 else part.take)
-      for part in info.splits[split].file_instructions
+      (
+        part.filename,
+        part.examples_in_shard,
+        part.skip,
+        part.examples_in_shard - part.skip if part.take < 0 else part.take,
+      )
+      for part in instructions
     ]
-    self._starts = np.cumsum([0] + [take for _, _, take in self._parts]).tolist()
+    self._starts = np.cumsum([0] + [take for *_, take in self._parts]).tolist()
 
   def __len__(self) -> int:
     return self._starts[-1]
@@ -178,27 +198,45 @@ class Source:
     return counts
 
   def __getitem__(self, index: int) -> Record:
+    from google.protobuf import message
     from tensorflow_datasets.proto import tf_example_pb2
 
     index = int(index)
     if not 0 <= index < len(self):
       raise IndexError(f'record {index} of {len(self)}')
     part = bisect.bisect_right(self._starts, index) - 1
-    path, skip, _ = self._parts[part]
+    path, count, skip, _ = self._parts[part]
     row = index - self._starts[part] + skip
-    content = _open(path, self._is_array_record)[row]
-    example = tf_example_pb2.Example.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
-    features = example.features.feature
-    return Record(
-      image=features['image'].bytes_list.value[0],
-      labels=tuple(features[self._key].int64_list.value),
-      name=f'{os.path.basename(path)}:{row}',
-    )
+    name = f'{os.path.basename(path)}:{row}'
+    try:
+      content = _open(path, count, self._is_array_record)[row]
+      example = tf_example_pb2.Example.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
+      features = example.features.feature
+      image = features['image'].bytes_list.value[0]
+    except (RuntimeError, IndexError, message.DecodeError) as error:
+      raise tfrecord.BrokenDataError(
+        f'record {row} of {path} cannot be read ({error}): copy the file again, or prepare the '
+        'data set again'
+      ) from error
+    return Record(image, tuple(features[self._key].int64_list.value), name)
 
 
 @functools.lru_cache(maxsize=4096)
-def _open(path: str, is_array_record: bool):
+def _open(path: str, count: int, is_array_record: bool):
   """Readers are shared by all threads of a process, and opened anew in a worker process."""
-  if not is_array_record:
-    return TfRecords(path)
-  return array_record_data_source.ArrayRecordDataSource([path])
+  try:
+    if is_array_record:
+      # The number of records is read here, so that a truncated file is found before any of it.
+      found = array_record_data_source.ArrayRecordDataSource([path])
+    else:
+      found = tfrecord.TfRecords(path)
+    records = len(found)
+  except (RuntimeError, FileNotFoundError) as error:
+    raise tfrecord.BrokenDataError(
+      f'{path} cannot be read ({error}): it is missing, truncated or corrupt; copy it again'
+    ) from error
+  if records != count:
+    raise tfrecord.BrokenDataError(
+      f'{path} holds {records} records, and should hold {count}: copy it again'
+    )
+  return found

@@ -1,0 +1,291 @@
+"""ImageNet (ILSVRC 2012) and its test sets V2, A, R, Sketch and ReaL, from their archives.
+
+Names, versions and features are those of TFDS, which reads what is written here. Two kinds of
+training images are encoded anew, as TFDS does: 22 JPEGs in CMYK and one PNG. Their colours follow
+the same formula; the bytes of these 23 differ, for the JPEG encoder is another.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from vision_attention.data import class_maps, sharding, tar_files
+
+TRAIN, VALIDATION = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
+VARIANTS = {
+  'matched-frequency': 'imagenetv2-matched-frequency.tar.gz',
+  'threshold-0.7': 'imagenetv2-threshold0.7.tar.gz',
+  'topimages': 'imagenetv2-top-images.tar.gz',
+}
+TEST_SETS = ('imagenet_v2', 'imagenet_a', 'imagenet_r', 'imagenet_sketch', 'imagenet2012_real')
+_ARCHIVES = {
+  'imagenet_a': ('imagenet-a.tar',),
+  'imagenet_r': ('imagenet-r.tar',),
+  'imagenet_sketch': ('ImageNet-Sketch.zip', 'imagenet-sketch.zip', 'ImageNet-Sketch.tar.gz'),
+  'imagenet2012_real': (VALIDATION,),
+}
+_VERSIONS = {
+  'imagenet_v2': '3.0.0',
+  'imagenet_a': '0.1.0',
+  'imagenet_r': '0.2.0',
+  'imagenet_sketch': '1.0.0',
+  'imagenet2012_real': '1.0.0',
+}
+_SUFFIXES = ('.jpg', '.jpeg', '.png')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Image:
+  """An image of an archive, with what is known of it."""
+
+  member: tar_files.Member
+  archive: str
+  split: str
+  file_name: str
+  labels: tuple[tuple[str, int | tuple[int, ...]], ...]
+
+
+def rgb_from_cmyk(image: Image.Image) -> Image.Image:
+  """Converts to RGB as TensorFlow's decoder does: red is (255 - cyan) (255 - black) / 255."""
+  light = 255 - np.asarray(image, np.int32)
+  return Image.fromarray((light[..., :3] * light[..., 3:] // 255).astype(np.uint8))
+
+
+def fixed(content: bytes) -> tuple[bytes, str]:
+  """Returns an image as an RGB or grey JPEG, and why it was encoded anew (empty if it was not)."""
+  try:
+    image = Image.open(io.BytesIO(content))
+    if image.format == 'JPEG' and image.mode in ('RGB', 'L'):
+      return content, ''
+    why = f'{image.format} {image.mode}'
+    image = rgb_from_cmyk(image) if image.mode == 'CMYK' else image.convert('RGB')
+  except (OSError, SyntaxError, ValueError):
+    return content, ''  # reading it says so
+  buffer = io.BytesIO()
+  image.save(buffer, 'JPEG', quality=100, subsampling='4:2:0')
+  return buffer.getvalue(), why
+
+
+def make(images: Sequence[_Image], *, fix: bool) -> Iterator[sharding.Written | sharding.Remark]:
+  """Yields the examples of a unit."""
+  for image in images:
+    content = tar_files.read(pathlib.Path(image.archive), image.member)
+    if fix:
+      content, why = fixed(content)
+      if why:
+        yield sharding.Remark(image.file_name, 'encoded anew', why)
+    yield sharding.Written(
+      image.split,
+      sharding.example(image=content, file_name=image.file_name, **dict(image.labels)),
+    )
+
+
+def _units(images: Iterable[_Image], shard_bytes: int) -> Iterator[list[_Image]]:
+  """Cuts images into units of about `shard_bytes`, none across splits."""
+  unit: list[_Image] = []
+  size = 0
+  for image in images:
+    if unit and (size >= shard_bytes or image.split != unit[0].split):
+      yield unit
+      unit, size = [], 0
+    unit.append(image)
+    size += image.member.size
+  if unit:
+    yield unit
+
+
+def _features(encoding: str | None = 'jpeg') -> dict[str, Any]:
+  return {
+    'image': tfds.features.Image(encoding_format=encoding),
+    'label': tfds.features.ClassLabel(names=list(class_maps.imagenet2012())),
+    'file_name': tfds.features.Text(),
+  }
+
+
+def archive(folder: pathlib.Path, *names: str) -> pathlib.Path:
+  """Returns the archive of one of these names in a folder.
+
+  Raises:
+    FileNotFoundError: without one.
+  """
+  if found := [folder / name for name in names if (folder / name).is_file()]:
+    return found[0]
+  raise FileNotFoundError(f'there is no {" or ".join(names)} in {folder}')
+
+
+def stamp(*paths: pathlib.Path) -> list[Any]:
+  """Returns what tells files from others of their names."""
+  return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def _number(file_name: str) -> int:
+  """Returns the number of a validation image, from 0."""
+  stem = pathlib.PurePath(file_name).stem
+  digits = stem.removeprefix('ILSVRC2012_val_')
+  if digits == stem or not digits.isdigit():
+    raise ValueError(f'{file_name!r} is no validation image: they are ILSVRC2012_val_%08d.JPEG')
+  return int(digits) - 1
+
+
+def _validation(path: pathlib.Path, split: str, label: str) -> list[_Image]:
+  synsets, classes = class_maps.validation_labels(), class_maps.imagenet2012()
+  numbers = {synset: i for i, synset in enumerate(classes)}
+  return [
+    _Image(
+      member,
+      str(path),
+      split,
+      member.name,
+      ((label, numbers[synsets[_number(member.name)]]),),
+    )
+    for member in sorted(tar_files.members(path), key=lambda m: m.name)
+  ]
+
+
+def _train(path: pathlib.Path, seed: int) -> list[_Image]:
+  """Returns the training images, shuffled."""
+  numbers = {synset: i for i, synset in enumerate(class_maps.imagenet2012())}
+  images = []
+  for inner in sorted(tar_files.members(path), key=lambda m: m.name):
+    synset = pathlib.PurePath(inner.name).stem
+    if synset not in numbers:
+      raise ValueError(f'{path} holds {inner.name}, which is none of the 1000 classes')
+    for member in tar_files.inner_members(path, inner):
+      labels = (('label', numbers[synset]),)
+      images.append(_Image(member, str(path), 'train', member.name, labels))
+  images.sort(key=lambda image: image.file_name)
+  return [images[i] for i in np.random.default_rng(seed).permutation(len(images))]
+
+
+def imagenet2012(
+  folder: pathlib.Path,
+  data_dir: pathlib.Path,
+  *,
+  file_format: str = 'array_record',
+  workers: int = 0,
+  overwrite: bool = False,
+  shard_bytes: int = 2**28,
+  seed: int = 0,
+) -> pathlib.Path:
+  """Writes `imagenet2012` 5.1.0 from its two archives; the training images are shuffled by `seed`.
+
+  Raises:
+    FileNotFoundError: if an archive is not there.
+    tar_files.ArchiveError: if one is not whole.
+    sharding.PreparationError: see `sharding.build`.
+  """
+  train, validation = archive(folder, TRAIN), archive(folder, VALIDATION)
+  spec = sharding.Spec(
+    'imagenet2012',
+    '5.1.0',
+    _features(),
+    description='ILSVRC 2012, 1000 classes.',
+    homepage='https://image-net.org/',
+    file_format=file_format,
+    shard_bytes=shard_bytes,
+  )
+
+  def units() -> Iterator[list[_Image]]:
+    yield from _units(_train(train, seed), shard_bytes)
+    yield from _units(_validation(validation, 'validation', 'label'), shard_bytes)
+
+  return sharding.build(
+    spec,
+    data_dir,
+    units,
+    functools.partial(make, fix=True),
+    source=[stamp(train, validation), seed],
+    workers=workers,
+    overwrite=overwrite,
+  )
+
+
+def _real(folder: pathlib.Path) -> list[_Image]:
+  real = json.loads(archive(folder, 'real.json').read_text())
+  return [
+    dataclasses.replace(
+      image, labels=(*image.labels, ('real_label', tuple(real[_number(image.file_name)])))
+    )
+    for image in _validation(archive(folder, VALIDATION), 'validation', 'original_label')
+  ]
+
+
+def _of_folders(path: pathlib.Path, name: str) -> Iterator[_Image]:
+  """Yields the images of an archive of `<top>/<class>/<file>`."""
+  numbers = {synset: i for i, synset in enumerate(class_maps.imagenet2012())}
+  for member in tar_files.stream(path):
+    parts = pathlib.PurePosixPath(member.name).parts[-3:]
+    if pathlib.PurePath(member.name).suffix.lower() not in _SUFFIXES:
+      continue  # such as a README
+    if len(parts) < 2:
+      raise ValueError(f'{path} holds {member.name}, not <class>/<file>')
+    where, file = parts[-2:]
+    label = int(where) if name == 'imagenet_v2' and where.isdigit() else numbers.get(where, -1)
+    if not 0 <= label < len(numbers):
+      raise ValueError(f'{path} holds {member.name}, whose class is none of the 1000')
+    file_name = file if name == 'imagenet_a' else f'{where}/{file}'
+    yield _Image(member, str(path), 'test', file_name, (('label', label),))
+
+
+def evaluation_set(
+  name: str,
+  folder: pathlib.Path,
+  data_dir: pathlib.Path,
+  *,
+  variant: str = 'matched-frequency',
+  file_format: str = 'array_record',
+  workers: int = 0,
+  overwrite: bool = False,
+  shard_bytes: int = 2**28,
+) -> pathlib.Path:
+  """Writes one of `TEST_SETS`; images keep the archive's bytes and order.
+
+  Args:
+    name: of the data set.
+    folder: of its archive; for ReaL that of validation images, and `real.json`.
+    data_dir: TFDS's folder of data sets.
+    variant: of ImageNet-V2.
+    file_format: see `sharding.Spec`.
+    workers: see `sharding.build`.
+    overwrite: see `sharding.build`.
+    shard_bytes: about the size of a file.
+
+  Raises:
+    FileNotFoundError: if an archive is not there.
+    ValueError: if it is not whole or of another layout.
+  """
+  version_2, real = name == 'imagenet_v2', name == 'imagenet2012_real'
+  path = archive(folder, *((VARIANTS[variant],) if version_2 else _ARCHIVES[name]))
+  features = _features(None if name == 'imagenet_sketch' else 'jpeg')
+  if real:
+    label = features.pop('label')
+    features |= {'original_label': label, 'real_label': tfds.features.Sequence(label)}
+  spec = sharding.Spec(
+    name,
+    _VERSIONS[name],
+    features,
+    labels='real_label' if real else 'label',
+    config=variant if version_2 else '',
+    description=f'{name}, labels of the 1000 classes of ImageNet.',
+    file_format=file_format,
+    shard_bytes=shard_bytes,
+  )
+  images = _real(folder) if real else _of_folders(path, name)
+  stamps = stamp(path, *([folder / 'real.json'] if real else []))
+  return sharding.build(
+    spec,
+    data_dir,
+    lambda: _units(images, shard_bytes),
+    functools.partial(make, fix=False),
+    source=stamps,
+    workers=workers,
+    overwrite=overwrite,
+  )

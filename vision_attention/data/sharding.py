@@ -1,0 +1,435 @@
+"""Large data sets written shard by shard, by several processes, kill-proof, without TensorFlow.
+
+The work is cut into units, each of which becomes one file per split. A finished unit is recorded
+beside its files; a restart keeps it. The data set appears under its name when it is whole. What is
+written depends on the units alone, not on the number of processes or on kills.
+"""
+
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import io
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from vision_attention import errors
+from vision_attention.data import tfrecord
+
+FORMATS = ('array_record', 'tfrecord')
+_TEMPLATE = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
+_SKIPPED = ('file_name', 'what', 'why')
+
+
+class PreparationError(RuntimeError):
+  """A data set that could not be written; the message names the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """An example of a split, serialized."""
+
+  split: str
+  content: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Remark:
+  """An image that was left out or changed: which, `dropped` or `encoded anew`, and why."""
+
+  file_name: str
+  what: str
+  why: str
+
+
+Make = Callable[[Any], Iterator[Written | Remark]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What a data set is.
+
+  Attributes:
+    name: of the data set.
+    version: `1.0.0`.
+    features: by name, TFDS's feature connectors.
+    labels: the feature that is the target.
+    config: of the data set, or empty.
+    description: of the data set.
+    homepage: of the data set.
+    files: text files to be kept beside it, by name.
+    merged: splits whose files are joined, for they are small.
+    file_format: of `FORMATS`.
+    shard_bytes: about the size of a joined file.
+  """
+
+  name: str
+  version: str
+  features: Mapping[str, Any]
+  labels: str = 'label'
+  config: str = ''
+  description: str = ''
+  homepage: str = ''
+  files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  merged: tuple[str, ...] = ()
+  file_format: str = 'array_record'
+  shard_bytes: int = 2**28
+
+  def folder(self, data_dir: pathlib.Path) -> pathlib.Path:
+    """Returns where it lies."""
+    return data_dir / self.name / self.config / self.version
+
+
+def example(**features: bytes | str | int | Sequence[int]) -> bytes:
+  """Returns a `tf.train.Example`, the same bytes for the same values."""
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  found = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
+  for key, value in features.items():
+    feature = found.features.feature[key]
+    if isinstance(value, bytes | str):
+      value = value.encode() if isinstance(value, str) else value
+      feature.bytes_list.value.append(value)
+    else:
+      feature.int64_list.value.extend([value] if isinstance(value, int) else value)
+  return found.SerializeToString(deterministic=True)
+
+
+def writer(path: pathlib.Path, file_format: str) -> Any:
+  """Opens a file of records for writing."""
+  errors.check_choice('file_format', file_format, FORMATS)
+  if file_format == 'tfrecord':
+    return tfrecord.Writer(str(path))
+  import array_record.python.array_record_module as array_record_module
+
+  # One record per group: what random access needs.
+  return array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+
+
+def _records(path: pathlib.Path, file_format: str) -> Any:
+  if file_format == 'tfrecord':
+    return tfrecord.TfRecords(str(path))
+  from array_record.python import array_record_data_source
+
+  return array_record_data_source.ArrayRecordDataSource([str(path)])
+
+
+def _sync(path: pathlib.Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def save(path: pathlib.Path, text: str) -> None:
+  """Writes a text file whole or not at all."""
+  temporary = path.with_name(f'{path.name}.{os.getpid()}')
+  with temporary.open('w') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _explained(path: pathlib.Path) -> Iterator[None]:
+  """Turns what the disk says into one error that names the file."""
+  try:
+    yield
+  except (OSError, RuntimeError) as error:
+    if isinstance(error, PreparationError):
+      raise
+    raise PreparationError(
+      f"could not write {path}: {error}. Nothing stands under the data set's name; finished shards "
+      'are kept, and the same command goes on with them'
+    ) from error
+
+
+class _Files:
+  """Files of one split in a row, a new one when one is large; temporary until finished."""
+
+  def __init__(self, stem: pathlib.Path, file_format: str, shard_bytes: int | None):
+    self._stem, self._format, self._limit = stem, file_format, shard_bytes
+    self._writer: Any = None
+    self.parts: list[dict[str, Any]] = []
+
+  def add(self, content: bytes) -> None:
+    if self._writer is None:
+      path = self._stem.with_name(f'{self._stem.name}-{len(self.parts):05d}')
+      self.parts.append({'file': path.name, 'count': 0, 'bytes': 0})
+      self._temporary = path.with_name(f'{path.name}.{os.getpid()}')
+      with _explained(path):
+        self._writer = writer(self._temporary, self._format)
+    part = self.parts[-1]
+    with _explained(self._stem.with_name(part['file'])):
+      self._writer.write(content)
+    part['count'] += 1
+    part['bytes'] += len(content)
+    if self._limit is not None and part['bytes'] >= self._limit:
+      self.finish()
+
+  def finish(self) -> list[dict[str, Any]]:
+    if self._writer is not None:
+      part = self.parts[-1]
+      path = self._stem.with_name(part['file'])
+      with _explained(path):
+        self._writer.close()
+        self._writer = None
+        _sync(self._temporary)
+        if self._format == 'array_record':
+          found = len(_records(self._temporary, self._format))
+          if found != part['count']:
+            raise OSError(f'it holds {found} of {part["count"]} records')
+        part['size'] = self._temporary.stat().st_size
+        self._temporary.replace(path)
+    return self.parts
+
+
+def _run_unit(work: pathlib.Path, number: int, payload: Any, make: Make, file_format: str) -> None:
+  """Writes one unit's files, and last the record of it."""
+  files: dict[str, _Files] = {}
+  remarks = []
+  for found in make(payload):
+    if isinstance(found, Remark):
+      remarks.append(dataclasses.astuple(found))
+      continue
+    if found.split not in files:
+      files[found.split] = _Files(work / f'unit-{number:06d}-{found.split}', file_format, None)
+    files[found.split].add(found.content)
+  parts = {split: mine.finish() for split, mine in files.items()}
+  with _explained(work / f'unit-{number:06d}.json'):
+    save(work / f'unit-{number:06d}.json', json.dumps({'parts': parts, 'remarks': remarks}))
+
+
+def _end_with_parent() -> None:
+  """A worker whose parent was killed ends too."""
+  parent = multiprocessing.parent_process()
+  assert parent
+
+  def wait() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
+
+
+def _done(work: pathlib.Path, number: int) -> bool:
+  path = work / f'unit-{number:06d}.json'
+  if not path.exists():
+    return False
+  parts = [p for parts in json.loads(path.read_text())['parts'].values() for p in parts]
+  return all(
+    (work / part['file']).exists() and (work / part['file']).stat().st_size == part['size']
+    for part in parts
+  )
+
+
+def _run(work: pathlib.Path, units: Iterable[Any], make: Make, spec: Spec, workers: int) -> int:
+  """Runs what is not finished; returns the number of units."""
+  count = 0
+  if workers == 0:
+    for count, payload in enumerate(units, 1):
+      if not _done(work, count - 1):
+        _run_unit(work, count - 1, payload, make, spec.file_format)
+    return count
+  context = multiprocessing.get_context('spawn')
+  pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+  with pool:
+    running: set[concurrent.futures.Future[None]] = set()
+    try:
+      for count, payload in enumerate(units, 1):
+        if _done(work, count - 1):
+          continue
+        if len(running) > workers:  # payloads may be large
+          ready, running = concurrent.futures.wait(
+            running, return_when=concurrent.futures.FIRST_COMPLETED
+          )
+          for future in ready:
+            future.result()
+        running.add(pool.submit(_run_unit, work, count - 1, payload, make, spec.file_format))
+      for future in concurrent.futures.as_completed(running):
+        future.result()
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
+  return count
+
+
+def _join(work: pathlib.Path, split: str, parts: list[dict[str, Any]], spec: Spec):
+  """Copies many small files into few."""
+  joined = _Files(work / f'joined-{split}', spec.file_format, spec.shard_bytes)
+  for part in parts:
+    records = _records(work / part['file'], spec.file_format)
+    for i in range(len(records)):
+      joined.add(records[i])
+  return joined.finish()
+
+
+def _collect(work: pathlib.Path, count: int, spec: Spec) -> dict[str, Any]:
+  """Returns all units' files and remarks, joined where asked for; recorded when complete."""
+  splits: dict[str, list[dict[str, Any]]] = {}
+  remarks: list[list[str]] = []
+  for number in range(count):
+    unit = json.loads((work / f'unit-{number:06d}.json').read_text())
+    remarks += unit['remarks']
+    for split, parts in unit['parts'].items():
+      splits.setdefault(split, []).extend(parts)
+  for split in spec.merged:
+    if split in splits:
+      splits[split] = _join(work, split, splits[split], spec)
+  if not splits:
+    raise ValueError(f'{spec.name} has no images')
+  found = {'splits': dict(sorted(splits.items())), 'remarks': remarks}
+  with _explained(work / 'complete.json'):
+    save(work / 'complete.json', json.dumps(found))
+  return found
+
+
+def _metadata(folder: pathlib.Path, found: dict[str, Any], spec: Spec) -> None:
+  import tensorflow_datasets as tfds
+
+  infos = [
+    tfds.core.SplitInfo(
+      name=split,
+      shard_lengths=[part['count'] for part in parts],
+      num_bytes=sum(part['bytes'] for part in parts),
+      filename_template=tfds.core.ShardedFileTemplate(
+        dataset_name=spec.name,
+        data_dir=epath.Path(folder),
+        split=split,
+        filetype_suffix=spec.file_format,
+        template=_TEMPLATE,
+      ),
+    )
+    for split, parts in found['splits'].items()
+  ]
+  core: Any = tfds.core
+  identity = core.dataset_info.DatasetIdentity(
+    name=spec.name,
+    version=tfds.core.Version(spec.version),
+    data_dir=os.fspath(folder),
+    module_name='',
+    config_name=spec.config or None,
+  )
+  info = tfds.core.DatasetInfo(
+    builder=identity,
+    description=spec.description,
+    features=tfds.features.FeaturesDict(dict(spec.features)),
+    supervised_keys=('image', spec.labels),
+    homepage=spec.homepage or None,
+  )
+  info.set_file_format(spec.file_format)
+  info.set_splits(core.splits.SplitDict(infos))
+  info.write_to_directory(folder)
+
+
+def _finish(work: pathlib.Path, found: dict[str, Any], spec: Spec) -> pathlib.Path:
+  """Gives the files their names and writes what TFDS reads; may be done again after a kill."""
+  folder = work / spec.version
+  with _explained(folder):
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+      if f'.{spec.file_format}-' not in path.name:
+        path.unlink()  # metadata of a call that was killed, perhaps half of it
+    for split, parts in found['splits'].items():
+      for i, part in enumerate(parts):
+        name = f'{spec.name}-{split}.{spec.file_format}-{i:05d}-of-{len(parts):05d}'
+        if (work / part['file']).exists():
+          (work / part['file']).replace(folder / name)
+        elif not (folder / name).exists():
+          raise FileNotFoundError(f'neither {work / part["file"]} nor {folder / name} is there')
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([_SKIPPED, *found['remarks']])
+    for name, content in {'remarks.csv': text.getvalue(), **spec.files}.items():
+      save(folder / name, content)
+    _metadata(folder, found, spec)
+    for path in folder.iterdir():
+      _sync(path)
+    _sync(folder)
+  return folder
+
+
+def refuse_existing(spec: Spec, data_dir: pathlib.Path, overwrite: bool) -> None:
+  """Raises what `build` raises before any work."""
+  if str(data_dir).startswith(('gs:', 's3:')):
+    raise PreparationError(
+      f'{data_dir}: data sets are prepared on a local disk; copy the finished folder to the bucket'
+    )
+  target = spec.folder(data_dir)
+  if target.exists() and not overwrite:
+    work = target.parent / f'.{spec.version}.unfinished'
+    if (work / 'complete.json').exists():
+      shutil.rmtree(work)  # a kill came between the last two steps
+    raise FileExistsError(f'{target} exists: pass --overwrite to replace it')
+
+
+def build(
+  spec: Spec,
+  data_dir: pathlib.Path,
+  units: Callable[[], Iterable[Any]],
+  make: Make,
+  *,
+  source: Any,
+  workers: int = 0,
+  overwrite: bool = False,
+) -> pathlib.Path:
+  """Writes a data set, going on where a killed call of the same stopped.
+
+  Args:
+    spec: of the data set.
+    data_dir: TFDS's folder of data sets.
+    units: returns the units' payloads in order, always the same; sent to processes.
+    make: a function of a module (or a partial of one) that yields a payload's examples.
+    source: what the units come from, to be written as JSON: work on another is not gone on with.
+    workers: processes; 0 for this one.
+    overwrite: whether a data set of that name is replaced.
+
+  Returns:
+    The data set's folder.
+
+  Raises:
+    FileExistsError: if it exists already.
+    PreparationError: if a file cannot be written, another process does it, or unfinished work there
+      is of another source.
+  """
+  refuse_existing(spec, data_dir, overwrite)
+  target = spec.folder(data_dir)
+  work = target.parent / f'.{spec.version}.unfinished'
+  with _explained(work):
+    work.mkdir(parents=True, exist_ok=True)
+    lock = (work / 'lock').open('w')
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise PreparationError(f'another process is writing {target}') from error
+    plan = json.dumps([source, spec.name, spec.config, spec.file_format, spec.shard_bytes])
+    kept = (work / 'plan.json').exists() and (work / 'plan.json').read_text() == plan
+    if not kept and next(work.glob('unit-*.json'), None):
+      raise PreparationError(
+        f'{work} holds unfinished work of other archives or options: delete it, or repeat that'
+      )
+    if not kept:
+      with _explained(work / 'plan.json'):
+        save(work / 'plan.json', plan)
+    if (work / 'complete.json').exists():
+      found = json.loads((work / 'complete.json').read_text())
+    else:
+      found = _collect(work, _run(work, units(), make, spec, workers), spec)
+    folder = _finish(work, found, spec)
+    if target.exists():
+      shutil.rmtree(target)
+    folder.rename(target)
+    _sync(target.parent)
+  shutil.rmtree(work)
+  return target

@@ -1,0 +1,216 @@
+"""TFRecord files: written with their checksums, and read at random through an index of offsets.
+
+A record is framed by its length (8 bytes, little-endian), the masked CRC-32C of the length (4), the
+content, and the masked CRC-32C of the content (4).
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import struct
+import tempfile
+import zlib
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+CACHE = 'VISION_ATTENTION_CACHE'
+_COLUMNS = 64
+_FRAME = 16
+
+
+class BrokenDataError(ValueError):
+  """A file of a data set that is not whole; the message names it and the place in it."""
+
+
+def _table() -> np.ndarray:
+  crc = np.arange(256, dtype=np.uint32)
+  for _ in range(8):
+    crc = np.where(crc & 1, (crc >> 1) ^ np.uint32(0x82F63B78), crc >> 1)  # Castagnoli, reflected
+  return crc.astype(np.uint32)
+
+
+_TABLE = _table()
+
+
+def _apply(tables: np.ndarray, crc: np.ndarray) -> np.ndarray:
+  """Applies a linear map of 32 bits, tabulated by bytes."""
+  return functools.reduce(
+    np.bitwise_xor, (tables[i][(crc >> np.uint32(8 * i)) & np.uint32(255)] for i in range(4))
+  )
+
+
+@functools.cache
+def _zeros(log2: int) -> np.ndarray:
+  """Tabulates what 2^log2 bytes of zero do to a checksum."""
+  if log2 == 0:
+    values = np.arange(256, dtype=np.uint32)[None] << (np.arange(4, dtype=np.uint32)[:, None] * 8)
+    return _TABLE[values & np.uint32(255)] ^ (values >> np.uint32(8))
+  half = _zeros(log2 - 1)
+  return np.stack([_apply(half, row) for row in half])
+
+
+def crc32c(content: bytes) -> int:
+  """Returns the CRC-32C (RFC 3720) of bytes.
+
+  Long ones are cut into rows that NumPy takes a step of at once; their checksums are joined in
+  pairs, for a checksum is linear.
+  """
+  if len(content) < 4 * _COLUMNS:
+    crc, table = 0xFFFFFFFF, _TABLE_LIST
+    for byte in content:
+      crc = table[(crc ^ byte) & 255] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+  count = 1 << (-(-len(content) // _COLUMNS) - 1).bit_length()
+  rows = np.zeros(count * _COLUMNS, np.uint8)
+  start = len(rows) - len(content)  # zeros in front change nothing
+  rows[start:] = np.frombuffer(content, np.uint8)
+  rows[start : start + 4] ^= 255  # the initial value
+  steps = np.ascontiguousarray(rows.reshape(count, _COLUMNS).T).astype(np.uint32)
+  crcs = np.zeros(count, np.uint32)
+  for step in steps:
+    crcs = _TABLE[(crcs ^ step) & np.uint32(255)] ^ (crcs >> np.uint32(8))
+  log2 = _COLUMNS.bit_length() - 1
+  while len(crcs) > 1:
+    crcs = _apply(_zeros(log2), crcs[::2]) ^ crcs[1::2]
+    log2 += 1
+  return int(crcs[0]) ^ 0xFFFFFFFF
+
+
+_TABLE_LIST = _TABLE.tolist()
+
+
+def masked_crc(content: bytes) -> int:
+  """Returns the checksum in the form in which the files hold it."""
+  crc = crc32c(content)
+  return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+class Writer:
+  """Writes records to a file; `close` has them on the disk."""
+
+  def __init__(self, path: str):
+    self._file = open(path, 'wb')  # noqa: SIM115
+
+  def write(self, content: bytes) -> None:
+    """Appends a record."""
+    length = struct.pack('<Q', len(content))
+    self._file.write(length + struct.pack('<I', masked_crc(length)))
+    self._file.write(content + struct.pack('<I', masked_crc(content)))
+
+  def close(self) -> None:
+    """Finishes the file."""
+    with self._file:
+      self._file.flush()
+      os.fsync(self._file.fileno())
+
+
+def _scan(path: epath.Path, size: int) -> np.ndarray:
+  """Returns where every record's frame begins, and where the last one ends."""
+  starts, at = [0], 0
+  with path.open('rb') as file:
+    while at < size:
+      file.seek(at)
+      header = file.read(12)
+      if len(header) < 12:
+        raise BrokenDataError(f'{path} is truncated at byte {at}, in the header of a record')
+      length, crc = struct.unpack('<QI', header)
+      if crc != masked_crc(header[:8]):
+        raise BrokenDataError(f'{path} is corrupt at byte {at}: no TFRecord begins there')
+      if at + _FRAME + length > size:
+        raise BrokenDataError(
+          f'{path} is truncated: the record at byte {at} ends at byte {at + _FRAME + length}, the '
+          f'file at {size}'
+        )
+      at += _FRAME + length
+      starts.append(at)
+  return np.asarray(starts, np.int64)
+
+
+def index_path(path: os.PathLike | str) -> epath.Path:
+  """Returns where a file's index is kept: $VISION_ATTENTION_CACHE or ~/.cache/vision_attention."""
+  folder = epath.Path(os.environ.get(CACHE) or '~/.cache/vision_attention').expanduser()
+  return folder / 'tfrecord' / f'{hashlib.sha256(os.fspath(path).encode()).hexdigest()[:32]}.index'
+
+
+def _save(where: epath.Path, header: dict[str, Any], starts: np.ndarray) -> None:
+  """Writes an index whole or not at all."""
+  buffer = io.BytesIO()
+  np.save(buffer, starts)
+  content = json.dumps({**header, 'crc32': zlib.crc32(buffer.getvalue())}).encode()
+  content += b'\n' + buffer.getvalue()
+  where.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.NamedTemporaryFile(dir=where.parent, delete=False) as file:
+    try:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    except OSError:
+      os.unlink(file.name)
+      raise
+  os.replace(file.name, where)
+
+
+def _load(where: epath.Path, header: dict[str, Any]) -> np.ndarray | None:
+  """Reads an index; None without one or if the file has changed since."""
+  if not where.exists():
+    return None
+  content = where.read_bytes()
+  end = content.find(b'\n')
+  again = 'delete it, and it is made again'
+  if end < 0:
+    raise BrokenDataError(f'index {where} of {header["path"]} is cut off at byte 0: {again}')
+  try:
+    saved = json.loads(content[:end])
+    expected = saved.pop('crc32')
+  except (ValueError, KeyError) as error:
+    raise BrokenDataError(
+      f'index {where} of {header["path"]} is corrupt at byte 0: {again}'
+    ) from error
+  if saved != header:
+    return None
+  if zlib.crc32(content[end + 1 :]) != expected:
+    raise BrokenDataError(
+      f'index {where} of {header["path"]} is corrupt or cut off after byte {end + 1} (it has '
+      f'{len(content)}): {again}'
+    )
+  return np.load(io.BytesIO(content[end + 1 :]))
+
+
+class TfRecords:
+  """Random access to one TFRecord file, here or at `gs://...`.
+
+  The index is built once and saved (`index_path`); one of a file of another size or time is made
+  anew. Lengths are held to their checksums when it is built, contents by nothing but what decodes
+  them.
+
+  Raises:
+    BrokenDataError: for a corrupt or truncated file or index, with the byte.
+    FileNotFoundError: if the file is not there.
+  """
+
+  def __init__(self, path: str):
+    self._path = epath.Path(path)
+    stat = self._path.stat()
+    where = index_path(path)
+    header = {'path': str(path), 'size': int(stat.length), 'mtime': float(stat.mtime or 0)}
+    starts = _load(where, header)
+    if starts is None:
+      starts = _scan(self._path, header['size'])
+      _save(where, header, starts)
+    self._starts = starts
+
+  def __len__(self) -> int:
+    return len(self._starts) - 1
+
+  def __getitem__(self, index: int) -> bytes:
+    start, end = int(self._starts[index]), int(self._starts[index + 1])
+    with self._path.open('rb') as file:
+      file.seek(start + 12)
+      content = file.read(end - start - _FRAME)
+    if len(content) < end - start - _FRAME:
+      raise BrokenDataError(f'{self._path} ends within the record at byte {start}')
+    return content
