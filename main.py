@@ -4,7 +4,8 @@ import logging
 import os
 import pathlib
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
@@ -63,16 +64,21 @@ def main(argv: list[str]) -> None:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(config.compile_cache))
   name = pathlib.Path(config_flags.get_config_filename(FLAGS['config']).partition(':')[0]).stem
   workdir = pathlib.Path(FLAGS.workdir or pathlib.Path('runs') / name)
+  if FLAGS.mode == 'dry_run':
+    run(lambda: train.dry_run(config))
+  elif FLAGS.mode == 'eval':
+    run(lambda: train.evaluate_only(config, workdir))
+  else:
+    run(lambda: train.train_and_evaluate(config, workdir))
+
+
+def run(job: Callable[[], Any]) -> None:
+  """Does a job; what the user can put right is said in one message, and exits with 2."""
   try:
-    if FLAGS.mode == 'dry_run':
-      train.dry_run(config)
-    elif FLAGS.mode == 'eval':
-      train.evaluate_only(config, workdir)
-    else:
-      train.train_and_evaluate(config, workdir)
-  except (ValueError, FileNotFoundError, FloatingPointError) as error:
-    # What the user can put right is said in one message; a traceback is for our own mistakes.
-    logger.debug('refused', exc_info=True)
+    job()
+  except (ValueError, OSError, FloatingPointError) as error:
+    # A traceback is for our own mistakes.
+    logging.getLogger('vision_attention').debug('refused', exc_info=True)
     _refuse(str(error))
 
 

@@ -1,9 +1,10 @@
 """Runs on disk: saving and resuming a run, and its variables on any machine. Only Orbax user."""
 
+import contextlib
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,14 @@ CONFIG = 'config.json'
 _METADATA = '_CHECKPOINT_METADATA'  # Orbax writes it last
 
 
+class SaveError(OSError):
+  """A checkpoint that could not be written."""
+
+
+class DamagedError(ValueError):
+  """A checkpoint that cannot be read."""
+
+
 class Manager:
   """Checkpoints of one run: asynchronous, whole or not there, the latest and the best kept.
 
@@ -35,7 +44,8 @@ class Manager:
   def __init__(
     self, workdir: pathlib.Path, keep_latest: int, keep_best: int, best_by: str = 'top1'
   ):
-    folder = workdir.absolute() / CHECKPOINTS
+    self._folder = folder = workdir.absolute() / CHECKPOINTS
+    self._begun: int | None = None
     if jax.process_index() == 0:
       # A copy of a run that was broken off; Orbax would take the number for a checkpoint.
       for broken in set(_steps(folder)) - set(steps_of(workdir)):
@@ -72,33 +82,49 @@ class Manager:
     config: Any,
     metrics: Mapping[str, float] | None,
   ) -> None:
-    """Begins to save; returns when the arrays may change again."""
+    """Begins to save; returns when the arrays may change again.
+
+    Raises:
+      SaveError: if this checkpoint, or the one that was begun before it, cannot be written.
+    """
     if step in self._manager.all_steps():
       return
     if jax.default_backend() == 'cpu':
       # Orbax would read a CPU array's own memory, which the next step reuses by donation.
       state, window = jax.tree.map(lambda x: x.copy(), (state, window))
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state),
-        window=ocp.args.PyTreeSave(window),
-        config=ocp.args.JsonSave(json.loads(config.to_json_best_effort())),
-      ),
-      metrics=dict(metrics) if metrics else None,
-      force=True,
+    self.wait()
+    self._begun = step
+    args = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(state),
+      window=ocp.args.PyTreeSave(window),
+      config=ocp.args.JsonSave(json.loads(config.to_json_best_effort())),
     )
+    with self._writing():
+      self._manager.save(step, args=args, metrics=dict(metrics) if metrics else None, force=True)
 
   def restore(self, step: int, state: Any, window: Any) -> tuple[Any, Any]:
-    """Restores into shapes with shardings (`ShapeDtypeStruct`s), bit for bit."""
+    """Restores into shapes with shardings (`ShapeDtypeStruct`s), bit for bit.
+
+    Nothing else is tried if that fails: an earlier checkpoint would undo steps without a word.
+
+    Raises:
+      DamagedError: if the checkpoint cannot be read; it names what else there is.
+    """
 
     def args(target: Any) -> Any:
       restore_args = ocp.checkpoint_utils.construct_restore_args(target)
       return ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
 
-    restored = self._manager.restore(
-      step, args=ocp.args.Composite(state=args(state), window=args(window))
-    )
+    wanted = ocp.args.Composite(state=args(state), window=args(window))
+    try:
+      restored = self._manager.restore(step, args=wanted)
+    except Exception as error:  # of many kinds, by what is wrong with which file
+      earlier = [number for number in steps_of(self._folder.parent) if number < step]
+      rest = f'an earlier one is step {earlier[-1]}' if earlier else 'there is no earlier one'
+      raise DamagedError(
+        f'the checkpoint of step {step} in {self._folder} cannot be read '
+        f'({_first_line(error)}); {rest}: remove the folder {step} to go on from what is left'
+      ) from error
     return restored['state'], restored['window']
 
   def reached_preemption(self, step: int) -> bool:
@@ -106,12 +132,31 @@ class Manager:
     return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
   def wait(self) -> None:
-    """Returns when everything is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when everything is on disk; raises SaveError if it cannot be."""
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits and releases the folder."""
+    self.wait()
     self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Says which checkpoint was not written, of what fails at once or in the background."""
+    try:
+      yield
+    except Exception as error:  # of many kinds, by which library's thread could not write
+      whole = steps_of(self._folder.parent)
+      rest = f'the last whole checkpoint is step {whole[-1]}' if whole else 'there is no other'
+      raise SaveError(
+        f'the checkpoint of step {self._begun} could not be written to {self._folder} '
+        f'({_first_line(error)}); {rest}: make room or mend the place, then start the run again'
+      ) from error
+
+
+def _first_line(error: BaseException) -> str:
+  return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ""}'[:300]
 
 
 def steps_of(workdir: pathlib.Path) -> list[int]:
