@@ -1,6 +1,7 @@
 """Data sets, preprocessing and batches: what is read is what was written, step by step."""
 
 import io
+import resource
 import struct
 import subprocess
 import sys
@@ -64,6 +65,17 @@ def test_a_written_data_set_reads_back_in_several_shards(data_dir):
     source.Source('digits', 'tset', str(data_dir))
   with pytest.raises(FileExistsError, match='--overwrite'):
     builders.write('digits', raw, data_dir)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+  old = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, old[1]))
+  try:
+    with pytest.raises(RuntimeError, match=r'writing .*train-0\.part'):
+      builders.write('digits', builders.digits(), tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+  assert not list((tmp_path / 'digits').iterdir())
 
 
 def test_reading_needs_no_tensorflow(data_dir):

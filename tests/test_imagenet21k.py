@@ -97,6 +97,17 @@ def test_images_labels_and_splits(images, prepared):
   ]
 
 
+def test_a_release_must_be_named(prepared, tmp_path):
+  with pytest.raises(source.MissingDataError, match='winter21: name one, as imagenet21k/winter21'):
+    source.find('imagenet21k', str(prepared))
+  with pytest.raises(
+    source.MissingDataError, match=r'prepare_data\.py imagenet21k --classes=fall11'
+  ):
+    source.find('imagenet21k/fall11', str(prepared))
+  with pytest.raises(source.MissingDataError, match='--classes=winter21'):
+    source.find('imagenet21k', str(tmp_path))
+
+
 def test_the_thousand_classes_are_found_again(prepared):
   folder = source.find('imagenet21k/winter21', str(prepared))
   indices = json.loads((folder / 'imagenet2012_indices.json').read_text())

@@ -1,6 +1,7 @@
 """Reading records: two formats that give the same, indices that are kept, faults that are named."""
 
 import os
+import resource
 import shutil
 import struct
 
@@ -207,6 +208,18 @@ def test_places_that_cannot_be_reached_are_named(monkeypatch):
     source.MissingDataError, match=r'/nowhere/imagenet2012 cannot be read: .*Perm'
   ):
     source.find('imagenet2012', '/nowhere')
+
+
+def test_a_process_may_open_all_files(monkeypatch):
+  limits = []
+  monkeypatch.setattr(resource, 'getrlimit', lambda _: (1024, 8192))
+  monkeypatch.setattr(resource, 'setrlimit', lambda _, limit: limits.append(limit))
+  source._allow_open_files(500)
+  assert not limits
+  source._allow_open_files(5000)
+  assert limits == [(5512, 8192)]
+  with pytest.raises(ValueError, match='the limit is 8192'):
+    source._allow_open_files(8000)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import bisect
 import dataclasses
 import functools
 import os
+import resource
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ _PREPARE = {
   ),
 }
 
+_OTHER_FILES = 512
 _LABELS = ('label', 'real_label')
 
 
@@ -113,6 +115,11 @@ def find(name: str, data_dir: str | None = None) -> epath.Path:
       raise MissingDataError(f'data set {name!r}: {folder} cannot be read: {error}') from error
     if found:
       return max(found, key=lambda p: [int(n) for n in p.name.split('.') if n.isdigit()])
+    if configs := sorted(p.parent.parent.name for p in folder.glob('*/*/dataset_info.json')):
+      raise MissingDataError(
+        f'data set {name!r} in {folder} has the configs {", ".join(configs)}: name one, as '
+        f'{stem}/{configs[0]}'
+      )
   raise MissingDataError(
     f'data set {name!r} is not in {", ".join(str(p) for p in looked)}. Prepare it with: '
     f'{_prepare(stem)}; or name its place by config.data.data_dir or TFDS_DATA_DIR'
@@ -154,6 +161,7 @@ class Source:
   Raises:
     MissingDataError: if the data set is not on disk.
     ValueError: for a split that it does not have, or one without images and labels.
+    tfrecord.BrokenDataError: when a file that is not whole is read.
   """
 
   def __init__(self, name: str, split: str, data_dir: str | None = None):
@@ -185,6 +193,8 @@ class Source:
       )
       for part in instructions
     ]
+    if self._is_array_record:
+      _allow_open_files(len(self._parts))
     self._starts = np.cumsum([0] + [take for *_, take in self._parts]).tolist()
 
   def __len__(self) -> int:
@@ -221,7 +231,25 @@ class Source:
     return Record(image, tuple(features[self._key].int64_list.value), name)
 
 
-@functools.lru_cache(maxsize=4096)
+def _allow_open_files(count: int) -> None:
+  """Lets this process hold so many files open: a reader of ArrayRecord keeps its own.
+
+  Raises:
+    ValueError: if the system's limit is below.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  needed = count + _OTHER_FILES
+  if needed <= soft or soft == resource.RLIM_INFINITY:
+    return
+  if resource.RLIM_INFINITY != hard < needed:
+    raise ValueError(
+      f'{count} files of data cannot be open at once: the limit is {hard}. Raise it by ulimit -Hn, '
+      'or prepare the data set in larger files'
+    )
+  resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+@functools.cache
 def _open(path: str, count: int, is_array_record: bool):
   """Readers are shared by all threads of a process, and opened anew in a worker process."""
   try:
