@@ -120,6 +120,13 @@ def test_a_full_disk_leaves_nothing_under_the_name(inputs, tmp_path):
     assert len(source.Source('imagenet2012', 'train', str(tmp_path / file_format))) == 18
 
 
+def test_what_is_unknown_is_refused(inputs, tmp_path):
+  with pytest.raises(ValueError, match="did you mean 'topimages'"):
+    imagenet.evaluation_set('imagenet_v2', tmp_path, tmp_path, variant='top-images')
+  with pytest.raises(ValueError, match="did you mean 'tfrecord'"):
+    imagenet.imagenet2012(inputs[0], tmp_path, file_format='tfrecords')
+
+
 def test_archives_that_are_not_whole_are_named(inputs, tmp_path):
   with pytest.raises(FileNotFoundError, match=r'no ILSVRC2012_img_train\.tar in'):
     imagenet.imagenet2012(tmp_path, tmp_path)

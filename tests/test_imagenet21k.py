@@ -1,6 +1,7 @@
 """ImageNet-21k: classes, splits and bytes from an archive of archives, whatever interrupts it."""
 
 import collections
+import fcntl
 import gzip
 import hashlib
 import json
@@ -268,6 +269,16 @@ def test_unfinished_work_of_another_archive_is_not_gone_on_with(plain, tmp_path,
     imagenet21k.imagenet21k(plain, tmp_path, seed=1, **options)
   imagenet21k.imagenet21k(plain, tmp_path, **options)
   assert [group.number for group in calls] == [0, 1, 1, 2, 3], 'a finished unit is not made again'
+
+
+def test_only_one_process_writes_a_data_set(plain, tmp_path):
+  work = tmp_path / 'imagenet21k/fall11/.1.0.0.unfinished'
+  work.mkdir(parents=True)
+  with (work / 'lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(sharding.PreparationError, match='another process is writing'):
+      imagenet21k.imagenet21k(plain, tmp_path, kind='fall11')
+  imagenet21k.imagenet21k(plain, tmp_path, kind='fall11')
 
 
 def test_what_cannot_be_done_is_said(plain, tmp_path):

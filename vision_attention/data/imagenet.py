@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from vision_attention import errors
 from vision_attention.data import class_maps, sharding, tar_files
 
 TRAIN, VALIDATION = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
@@ -42,7 +43,7 @@ _VERSIONS = {
 _SUFFIXES = ('.jpg', '.jpeg', '.png')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # there are a million
 class _Image:
   """An image of an archive, with what is known of it."""
 
@@ -262,6 +263,8 @@ def evaluation_set(
     FileNotFoundError: if an archive is not there.
     ValueError: if it is not whole or of another layout.
   """
+  errors.check_choice('data set', name, TEST_SETS)
+  errors.check_choice('variant', variant, VARIANTS)
   version_2, real = name == 'imagenet_v2', name == 'imagenet2012_real'
   path = archive(folder, *((VARIANTS[variant],) if version_2 else _ARCHIVES[name]))
   features = _features(None if name == 'imagenet_sketch' else 'jpeg')

@@ -183,7 +183,7 @@ def imagenet21k(
     path = imagenet.archive(path, *ARCHIVES)
   if not path.is_file():
     raise FileNotFoundError(f'there is no archive {path}')
-  plain = sharding.Spec('imagenet21k', VERSION, {}, config=kind)
+  plain = sharding.Spec('imagenet21k', VERSION, {}, config=kind, file_format=file_format)
   sharding.refuse_existing(plain, data_dir, overwrite)
   counts = _counted(path, kind, plain.folder(data_dir).parent / '.classes.json')
   classes = class_maps.imagenet21k(kind, counts)
@@ -212,7 +212,6 @@ def imagenet21k(
       'synsets.txt': '\n'.join(classes) + '\n',
     },
     merged=('validation',),
-    file_format=file_format,
     shard_bytes=shard_bytes,
   )
   found = sharding.build(

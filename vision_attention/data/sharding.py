@@ -361,6 +361,7 @@ def _finish(work: pathlib.Path, found: dict[str, Any], spec: Spec) -> pathlib.Pa
 
 def refuse_existing(spec: Spec, data_dir: pathlib.Path, overwrite: bool) -> None:
   """Raises what `build` raises before any work."""
+  errors.check_choice('file_format', spec.file_format, FORMATS)
   if str(data_dir).startswith(('gs:', 's3:')):
     raise PreparationError(
       f'{data_dir}: data sets are prepared on a local disk; copy the finished folder to the bucket'
