@@ -63,6 +63,22 @@ def parse_arg(
   return ml_collections.ConfigDict(values)
 
 
+def pretrained(args: ml_collections.ConfigDict, allowed: Sequence[str] = ('1k', '21k')) -> str:
+  """Returns what the weights in `init` were trained on: the argument `pretrained`.
+
+  Some papers count the 21,841 classes of ImageNet-21k as 22k: both names mean the same.
+
+  Raises:
+    ValueError: for something else than a recipe knows.
+  """
+  name = '21k' if args.pretrained == '22k' else args.pretrained
+  if name not in allowed:
+    raise ValueError(
+      f'config argument pretrained={args.pretrained!r} must be {" or ".join(allowed)}'
+    )
+  return name
+
+
 def use_data(config: ml_collections.ConfigDict, name: str) -> None:
   """Sets the data set, with what is known of it here."""
   known = DATASETS.get(name, {})
@@ -218,6 +234,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.mixing.cutmix_alpha = 0.0
   config.mixing.prob = 1.0
   config.mixing.switch_prob = 0.5
+  config.mixing.per = 'batch'  # or 'weight', 'example': what is drawn once
+  config.mixing.draw = 'beta'  # or 'power', QnA's
 
   config.erasing = ml_collections.ConfigDict()
   config.erasing.prob = 0.0

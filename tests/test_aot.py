@@ -29,6 +29,21 @@ def test_unknown_topologies_are_refused(topology, message):
     aot.devices(topology)
 
 
+@pytest.mark.fast
+def test_what_may_be_given_for_memory():
+  config = coatnet0.get_config()
+  ways = aot.ways_to_fit(config, 8)
+  assert [name for name, _ in ways] == [
+    'as the config says',
+    'with remat',
+    'with remat and fsdp=8',
+  ]
+  assert [way.model.options.get('remat', False) for _, way in ways] == [False, True, True]
+  assert [(way.mesh.data, way.mesh.fsdp) for _, way in ways] == [(-1, 1), (-1, 1), (1, 8)]
+  assert not config.model.options.get('remat')
+  assert len(aot.ways_to_fit(ways[2][1], 8)) == 1
+
+
 @pytest.mark.aot
 def test_a_step_compiles_for_a_slice_and_says_what_it_holds():
   pytest.importorskip('libtpu', reason='libtpu exists for Linux on x86-64 only')

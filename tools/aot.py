@@ -6,7 +6,9 @@
 
 Overrides of the config are those of main.py; options of the model, which a config need not list,
 are given by `--options`. Topologies: v2:2x2, v3:2x2, v4:2x2x1 ... v4:8x8x8, v5e:2x2, v5p:2x2x1,
-v6e:2x2, ... . `--fit` doubles the images per device until they no longer fit. Memory is what the
+v6e:2x2, ... . `--fit` doubles the images per device
+until they no longer fit, first as the config says, then with remat, then with the state split over
+all chips. Memory is what the
 compiler plans; of speed, a program that does not run says nothing. Needs libtpu (pip install
 libtpu), Linux.
 """
@@ -53,15 +55,20 @@ def _print(name: str, report: aot.Report) -> None:
 
 
 def _fit(config) -> aot.Report | None:
-  """Doubles the batch until it no longer fits."""
-  best, batch = None, FLAGS.batch_per_device or 16
-  while True:
+  """Doubles the batch until it no longer fits by whatever may be given for memory."""
+  best, batch, count = None, FLAGS.batch_per_device or 16, len(aot.devices(FLAGS.topology))
+  # From what costs least: as the config says, blocks computed again, states split over all chips.
+  ways = aot.ways_to_fit(config, count)
+  while ways:
+    name, changed = ways[0]
     try:
-      best = aot.compile_step(config, FLAGS.topology, batch)
+      best = aot.compile_step(changed, FLAGS.topology, batch)
     except aot.DoesNotFitError:
-      return best
-    print(f'{batch} images fit: {best.total / _GIB:.2f} GiB', file=sys.stderr)
+      ways.pop(0)
+      continue
+    print(f'{batch} images fit, {name}: {best.total / _GIB:.2f} GiB', file=sys.stderr)
     batch *= 2
+  return best
 
 
 def main(argv: list[str]) -> None:

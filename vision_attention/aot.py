@@ -162,6 +162,31 @@ def compile_step(config: Any, topology: str, batch_per_device: int | None = None
   )
 
 
+def ways_to_fit(config: Any, count: int) -> list[tuple[str, Any]]:
+  """Returns a config and what may be changed in it to save memory, from what costs the least.
+
+  Args:
+    config: as of a run.
+    count: of devices.
+
+  Returns:
+    Names and configs: as it is; with the blocks' activations computed again; and with the state
+    split over all devices besides. What the config does already is not there twice.
+  """
+  ways = [('as the config says', config)]
+  changed = ml_collections.ConfigDict(config.copy_and_resolve_references())
+  if not config.model.options.get('remat'):
+    with changed.unlocked():
+      changed.model.options.remat = True
+    ways.append(('with remat', changed))
+  if config.mesh.fsdp != count:
+    split = ml_collections.ConfigDict(changed.copy_and_resolve_references())
+    with split.unlocked():
+      split.mesh.data, split.mesh.fsdp = 1, count
+    ways.append((f'with remat and fsdp={count}', split))
+  return ways
+
+
 def collectives(program: str) -> dict[str, tuple[int, int]]:
   """Returns by kind how many collectives a program text has, and the bytes of their results."""
   found: dict[str, tuple[int, int]] = {}

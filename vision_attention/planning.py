@@ -21,6 +21,7 @@ from vision_attention.models import base, depth, registry, tree
 from vision_attention.training import (
   erasing,
   losses,
+  mixing,
   objective,
   optimizer,
   per_class,
@@ -256,11 +257,13 @@ def _check_values(config: Any) -> None:
       f'config.init.classes {config.init.classes!r} picks from weights: name them by init.path'
     )
   errors.check_choice('config.erasing.mode', config.erasing.mode, erasing.MODES)
-  mixing = config.mixing
+  errors.check_choice('config.mixing.per', config.mixing.per, mixing.PER)
+  errors.check_choice('config.mixing.draw', config.mixing.draw, mixing.DRAWS)
+  mixed = config.mixing
   if (
     config.model.options.get('mix_token')
-    and mixing.prob
-    and (mixing.mixup_alpha or mixing.cutmix_alpha)
+    and mixed.prob
+    and (mixed.mixup_alpha or mixed.cutmix_alpha)
   ):
     raise ValueError(
       'the model mixes tokens already: set config.mixing.prob to 0, or mix_token to 0'

@@ -1,8 +1,13 @@
-"""Mixup and CutMix on the device, for a whole batch at once."""
+"""Mixup and CutMix on the device, with weights of the batch or of each example."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+PER = ('batch', 'weight', 'example')
+DRAWS = ('beta', 'power')
 
 
 def normalize(
@@ -18,36 +23,68 @@ def _partner(x: Array) -> Array:
   return x[::-1]
 
 
+def _share(key: Array, alpha: float, count: int, draw: str) -> Float[Array, ' n']:
+  """How much of the partner each of `count` mixtures takes."""
+  if draw == 'power':
+    return 0.5 * jax.random.uniform(key, (count,)) ** (1.0 / alpha)
+  return 1.0 - jax.random.beta(key, alpha, alpha, (count,))
+
+
+def _blend(x: Array, share: Float[Array, ' n']) -> Array:
+  share = share.reshape(-1, *[1] * (x.ndim - 1))
+  return (1.0 - share) * x + share * _partner(x)
+
+
 def mixup(
-  key: Array, images: Float[Array, 'b h w c'], targets: Float[Array, 'b k'], alpha: float
+  key: Array,
+  images: Float[Array, 'b h w c'],
+  targets: Float[Array, 'b k'],
+  alpha: float,
+  *,
+  count: int = 1,
+  draw: str = 'beta',
 ) -> tuple[Float[Array, 'b h w c'], Float[Array, 'b k']]:
-  """Mixes images and targets by one `Beta(alpha, alpha)` weight per batch (arXiv 1710.09412)."""
-  weight = jax.random.beta(key, alpha, alpha)
+  """Mixes images and targets (arXiv 1710.09412).
 
-  def mix(x: Array) -> Array:
-    return weight * x + (1.0 - weight) * _partner(x)
-
-  return mix(images), mix(targets)
+  Args:
+    key: random key.
+    images: the batch.
+    targets: of the images.
+    alpha: of the distribution of weights.
+    count: of weights: 1 for the batch, or one for each example.
+    draw: `beta` for weights of `Beta(alpha, alpha)`, `power` for shares `u ** (1 / alpha) / 2`.
+  """
+  share = _share(key, alpha, count, draw)
+  return _blend(images, share), _blend(targets, share)
 
 
 def cutmix(
-  key: Array, images: Float[Array, 'b h w c'], targets: Float[Array, 'b k'], alpha: float
+  key: Array,
+  images: Float[Array, 'b h w c'],
+  targets: Float[Array, 'b k'],
+  alpha: float,
+  *,
+  count: int = 1,
+  draw: str = 'beta',
 ) -> tuple[Float[Array, 'b h w c'], Float[Array, 'b k']]:
-  """Pastes one rectangle of the partner (arXiv 1905.04899); targets mix by its visible area."""
-  height, width = images.shape[1:3]
+  """Pastes one rectangle of the partner (arXiv 1905.04899); targets mix by its visible area.
+
+  See `mixup` for the arguments; of CutMix the area is drawn.
+  """
   key_weight, key_y, key_x = jax.random.split(key, 3)
-  side = jnp.sqrt(1.0 - jax.random.beta(key_weight, alpha, alpha))
+  side = jnp.sqrt(_share(key_weight, alpha, count, draw))
 
   def span(key: Array, size: int) -> Array:
-    half = jnp.floor(side * size).astype(jnp.int32) // 2
-    centre = jax.random.randint(key, (), 0, size)
+    half = jnp.floor(side * size).astype(jnp.int32)[:, None] // 2
+    centre = jax.random.randint(key, (count, 1), 0, size)
     at = jnp.arange(size)
     return (at >= centre - half) & (at < centre + half)
 
-  box = span(key_y, height)[:, None] & span(key_x, width)[None, :]
-  share = box.mean(dtype=jnp.float32)
-  mixed = jnp.where(box[None, ..., None], _partner(images), images)
-  return mixed, (1.0 - share) * targets + share * _partner(targets)
+  height, width = images.shape[1:3]
+  box = span(key_y, height)[:, :, None] & span(key_x, width)[:, None, :]
+  share = box.mean((1, 2), dtype=jnp.float32)
+  mixed = jnp.where(box[..., None], _partner(images), images)
+  return mixed, _blend(targets, share)
 
 
 def mix(
@@ -59,8 +96,10 @@ def mix(
   cutmix_alpha: float,
   prob: float,
   switch_prob: float,
+  per: str = 'batch',
+  draw: str = 'beta',
 ) -> tuple[Float[Array, 'b h w c'], Float[Array, 'b k']]:
-  """Applies mixup, CutMix, one of them, or nothing to a batch.
+  """Applies mixup, CutMix, one of them, or nothing.
 
   Args:
     key: random key of the step.
@@ -68,20 +107,25 @@ def mix(
     targets: one-hot or smoothed labels.
     mixup_alpha: of mixup's weight, 0 for no mixup.
     cutmix_alpha: of CutMix's area, 0 for no CutMix.
-    prob: probability that the batch is mixed at all.
+    prob: probability of being mixed at all.
     switch_prob: probability of CutMix where both are on.
+    per: `batch` to draw everything once (timm's default), `weight` for weights and rectangles of
+      each example's own, `example` to draw everything for each example (timm's `elem`).
+    draw: see `mixup`.
   """
   kinds = [(mixup, mixup_alpha), (cutmix, cutmix_alpha)]
   kinds = [(kind, alpha) for kind, alpha in kinds if alpha > 0]
   if not kinds or prob == 0:
     return images, targets
+  weights, choices = (1 if single else len(images) for single in (per == 'batch', per != 'example'))
   key_apply, key_switch, key_mix = jax.random.split(key, 3)
-  results = [kind(key_mix, images, targets, alpha) for kind, alpha in kinds]
+  results = [kind(key_mix, images, targets, a, count=weights, draw=draw) for kind, a in kinds]
+
+  def choose(key: Array, chance: float, a: Any, b: Any) -> Any:
+    take = jax.random.bernoulli(key, chance, (choices,))
+    return jax.tree.map(lambda x, y: jnp.where(take.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)
+
   mixed = results[0]
   if len(results) == 2:
-    use_cutmix = jax.random.bernoulli(key_switch, switch_prob)
-    mixed = jax.tree.map(lambda a, b: jnp.where(use_cutmix, b, a), *results)
-  if prob == 1:
-    return mixed
-  apply = jax.random.bernoulli(key_apply, prob)
-  return jax.tree.map(lambda a, b: jnp.where(apply, a, b), mixed, (images, targets))
+    mixed = choose(key_switch, switch_prob, results[1], results[0])
+  return mixed if prob == 1 else choose(key_apply, prob, mixed, (images, targets))

@@ -142,6 +142,8 @@ def make_train_step(
       cutmix_alpha=config.mixing.cutmix_alpha,
       prob=config.mixing.prob,
       switch_prob=config.mixing.switch_prob,
+      per=config.mixing.per,
+      draw=config.mixing.draw,
     )
     return (erase(images) if config.erasing.after_mixing else images), labels
 
