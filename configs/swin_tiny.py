@@ -3,12 +3,13 @@
   python main.py --config=configs/swin_tiny.py
   python main.py --config=configs/swin_tiny.py:variant=swin_base
   python main.py --config=configs/swin_tiny.py:variant=swin_base,data=imagenet21k
-  python main.py --config=configs/swin_tiny.py:variant=swin_base_w12,init=runs/base,pretrained=22k
+  python main.py --config=configs/swin_tiny.py:variant=swin_base_w12,init=runs/base,pretrained=21k
   python main.py --config=configs/swin_tiny.py:local --workdir=runs/digits
 
 Arguments: `variant`; `data`; `init`, the run that fine-tuning starts from, whose tables are resized
-where the window is another; `pretrained`, `1k` or `22k`, what that run was trained on; `size`, of
-the images, by the variant unless given; `local`.
+where the window is another; `pretrained`, `1k` or `21k`, what that run was trained on; `size`, of
+the images, by the variant unless given; `local`. After ImageNet-22k the classifier keeps the rows
+of the classes that ImageNet-1k has.
 
 Published top-1 of training on ImageNet-1k at 224 pixels for 300 epochs: Swin-T 81.3, -S 83.0, -B
 83.5, and -B with windows of 12 at 384 pixels 84.5. After ImageNet-22k: -T 80.9, -S 83.2, -B 85.2
@@ -54,10 +55,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.schedule.warmup_init = 1e-3
   config.schedule.final = 0.01
   config.eval.every = '5 epochs'
-  if args.pretrained not in ('1k', '22k'):
-    raise ValueError(f'config argument pretrained={args.pretrained!r} must be 1k or 22k')
+  pretrained = common.pretrained(args)
   if args.init:
-    _fine_tune(config, args)
+    _fine_tune(config, args.init, pretrained)
   elif args.data == 'imagenet21k':
     _recipe(config, _DROP_PATH_22K, 90, 4096, 1.25e-4, 0.05)
   else:
@@ -66,11 +66,13 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   return config
 
 
-def _fine_tune(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _fine_tune(config: ml_collections.ConfigDict, init: str, pretrained: str) -> None:
   """On ImageNet-1k, at another resolution or after ImageNet-22k; mixup and CutMix stay on."""
-  rates = _DROP_PATH_1K if args.pretrained == '1k' else _DROP_PATH_22K
+  rates = _DROP_PATH_1K if pretrained == '1k' else _DROP_PATH_22K
   _recipe(config, rates, 30, 1024, 2e-5, 1e-8)
-  config.init.path = args.init
+  config.init.path = init
+  if pretrained == '21k':
+    config.init.classes = 'imagenet21k'
 
 
 def _recipe(

@@ -1,0 +1,177 @@
+"""Configs against tables of published recipes, which are written by hand from their sources."""
+
+import importlib
+import pathlib
+
+import jax
+import pytest
+
+from configs import common
+from tools import recipes
+from vision_attention import planning
+from vision_attention.models import registry
+from vision_attention.training import optimizer
+
+CONFIGS = pathlib.Path(common.__file__).parent
+# Of no paper's recipe: what configs share, and an application.
+NO_SYSTEM = {'__init__', 'common', 'skin_lesions'}
+# Configs whose tables are not written yet; a table takes its config out of here.
+PENDING = {
+  'aa_resnet50',
+  'acmix_resnet50',
+  'acmix_swin_tiny',
+  'attention_modules',
+  'botnet_t3',
+  'coatnet0',
+  'conv_attention_quadratic',
+  'convnext_tiny',
+  'cvt_13',
+  'ea_aa_resnet50',
+  'elsa_swin_tiny',
+  'gc_resnet50',
+  'halonet_h0',
+  'hornet_tiny',
+  'lesa_resnet50',
+  'levit_128s',
+  'maxvit_tiny',
+  'mvitv2_tiny',
+  'nat_tiny',
+  'qna_tiny',
+  'resnet50',
+  'sasa_resnet50',
+  'vit_s16',
+  'volo_d1',
+}
+# What every table has to say of every setting.
+REQUIRED = {
+  'accumulate',
+  'batch_size',
+  'data.eval_ops',
+  'data.mean',
+  'data.name',
+  'data.repeats',
+  'data.std',
+  'data.train_ops',
+  'distill.kind',
+  'ema.decay',
+  'erasing.prob',
+  'first_rate',
+  'image_size',
+  'init.classes',
+  'init.path',
+  'last_rate',
+  'loss.kind',
+  'loss.label_smoothing',
+  'mixing.cutmix_alpha',
+  'mixing.mixup_alpha',
+  'model.options',
+  'optimizer.clip_adaptive',
+  'optimizer.clip_norm',
+  'optimizer.layer_decay',
+  'optimizer.learning_rate',
+  'optimizer.lr_multipliers',
+  'optimizer.name',
+  'optimizer.weight_decay',
+  'optimizer.weight_decay_mask',
+  'schedule.every',
+  'schedule.hold',
+  'schedule.kind',
+  'schedule.warmup',
+  'schedule.warmup_prefix',
+  'tokens.weight',
+  'total',
+}
+SETTINGS = [setting for name in recipes.names() for setting in recipes.settings(name)]
+MASKS = [(name, mask) for name in recipes.names() for mask in recipes.table(name)['masks']]
+
+
+def _plain(value):
+  """Tuples as the lists that JSON has."""
+  return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _differences(setting: recipes.Setting, config) -> dict:
+  """The keys in which a config is not what its table says, with both values."""
+  got = recipes.flat(config)
+  wrong = {}
+  for key, expected in {**setting.values, 'model.name': setting.variant}.items():
+    value = _plain(got.get(key, 'no such key'))
+    equal = pytest.approx(expected, rel=1e-6) if type(expected) is float else expected
+    if value != equal:
+      wrong[key] = (value, expected)
+  return wrong
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+  'setting', SETTINGS, ids=[f'{setting.config}:{setting.arguments}' for setting in SETTINGS]
+)
+def test_a_config_has_the_published_values(setting):
+  assert setting.values.keys() >= REQUIRED, sorted(REQUIRED - setting.values.keys())
+  assert not _differences(setting, setting.get_config())
+  assert setting.source
+
+
+@pytest.mark.fast
+def test_a_value_that_drifts_is_seen():
+  setting = next(setting for setting in SETTINGS if setting.config == 'swin_tiny')
+  for key, value in {
+    'optimizer.learning_rate': 1.01e-3,
+    'optimizer.layer_decay': 0.9,
+    'schedule.warmup': '19 epochs',
+    'mixing.cutmix_alpha': 0.9,
+    'data.eval_ops': ('resize({size})',),
+  }.items():
+    config = setting.get_config()
+    config.update_from_flattened_dict({key: value})
+    assert key in _differences(setting, config)
+  config = setting.get_config()
+  with config.unlocked():
+    config.model.options.mlp_ratio = 3
+  assert _differences(setting, config).keys() == {'model.options'}
+
+
+@pytest.mark.fast
+def test_every_config_of_a_system_has_a_table():
+  configs = {path.stem for path in CONFIGS.glob('*.py')} - NO_SYSTEM
+  assert set(recipes.names()) == configs - PENDING
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('name', recipes.names())
+def test_every_variant_has_a_recipe_or_a_reason(name):
+  table = recipes.table(name)
+  models = registry.list_models()
+  known = {m for m in models if registry.module_of(m).__name__.split('.')[-1] in table['families']}
+  assert known
+  covered = {setting.variant for setting in recipes.settings(name)}
+  without = {variant for names in table.get('without', {}) for variant in names.split(', ')}
+  assert not covered & without
+  assert covered | without == known
+  arguments = [setting.arguments for setting in recipes.settings(name)]
+  assert len(set(arguments)) == len(arguments)
+
+
+@pytest.mark.parametrize('name, mask', MASKS, ids=[f'{n}:{m["arguments"]}' for n, m in MASKS])
+def test_a_dry_run_decays_what_the_recipe_decays(name, mask):
+  """The recipe's config for a small model of the family, which `local` describes."""
+  module = importlib.import_module(f'configs.{name}')
+  config, small = module.get_config(mask['arguments']), module.get_config('local')
+  # What the recipe says of regularisation stays; the rest is the small model's.
+  options = {**small.model.options.to_dict(), **config.model.options.to_dict()}
+  with config.unlocked():
+    config.model.options = options
+    config.image_size = small.image_size
+  plan = planning.prepare(config, with_data=False)
+  assert plan.total > 0
+  found = {True: set(), False: set()}
+  matched = optimizer.matches(plan.shapes[0].params, config.optimizer.weight_decay_mask)
+  for path, decayed in jax.tree_util.tree_leaves_with_path(matched):
+    found[bool(decayed)].add(optimizer.path_of(path).rsplit('/', 1)[1])
+  assert found[True] == set(mask['decayed'])
+  assert found[False] == set(mask['exempt'])
+
+
+@pytest.mark.fast
+def test_the_document_is_current():
+  assert recipes.DOCS.read_text() == recipes.document(), 'run python tools/recipes.py --write'
