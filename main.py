@@ -3,9 +3,6 @@
 import logging
 import os
 import pathlib
-import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
@@ -13,7 +10,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 import train
-from vision_attention import errors
+from vision_attention import errors, evaluation
 from vision_attention.training import sharding
 
 FLAGS = flags.FLAGS
@@ -26,24 +23,19 @@ flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'dry_run'], 'What to do.')
 flags.mark_flag_as_required('config')
 
 
-def _refuse(message: str) -> NoReturn:
-  print(f'error: {message}', file=sys.stderr)
-  sys.exit(2)
-
-
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; of a mistake in it, the config files' own message is shown."""
   try:
     rest = FLAGS(argv)
   except flags.Error as error:
-    _refuse(str(error).strip().splitlines()[-1].removeprefix('ValueError: '))
+    errors.refuse(str(error).strip().splitlines()[-1].removeprefix('ValueError: '))
   except AttributeError as error:
     # An unknown key of the config: what was meant stands in the last line of the first cause.
     cause = error.args[0] if error.args else error
-    _refuse(f'unknown config key: {str(getattr(cause, "args", [cause])[0]).splitlines()[-1]}')
+    errors.refuse(f'unknown config key: {str(getattr(cause, "args", [cause])[0]).splitlines()[-1]}')
   path = pathlib.Path(config_flags.get_config_filename(FLAGS['config']).partition(':')[0])
   if not path.is_file():
-    _refuse(f'there is no config file {path}: {errors.nearest(str(path), CONFIGS)}')
+    errors.refuse(f'there is no config file {path}: {errors.nearest(str(path), CONFIGS)}')
   return rest
 
 
@@ -65,21 +57,11 @@ def main(argv: list[str]) -> None:
   name = pathlib.Path(config_flags.get_config_filename(FLAGS['config']).partition(':')[0]).stem
   workdir = pathlib.Path(FLAGS.workdir or pathlib.Path('runs') / name)
   if FLAGS.mode == 'dry_run':
-    run(lambda: train.dry_run(config))
+    errors.run(lambda: train.dry_run(config))
   elif FLAGS.mode == 'eval':
-    run(lambda: train.evaluate_only(config, workdir))
+    errors.run(lambda: evaluation.evaluate_only(config, workdir))
   else:
-    run(lambda: train.train_and_evaluate(config, workdir))
-
-
-def run(job: Callable[[], Any]) -> None:
-  """Does a job; what the user can put right is said in one message, and exits with 2."""
-  try:
-    job()
-  except (ValueError, OSError, FloatingPointError) as error:
-    # A traceback is for our own mistakes.
-    logging.getLogger('vision_attention').debug('refused', exc_info=True)
-    _refuse(str(error))
+    errors.run(lambda: train.train_and_evaluate(config, workdir))
 
 
 if __name__ == '__main__':

@@ -14,32 +14,18 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from vision_attention import checkpoint, convert, planning
+from vision_attention import checkpoint, evaluation, planning
 from vision_attention.data import pipeline
 from vision_attention.models import transfer
-from vision_attention.training import (
-  evaluate,
-  metrics,
-  sharding,
-  state,
-)
+from vision_attention.training import metrics, sharding, state
 
 logger = logging.getLogger('vision_attention')
 PREEMPTED = 143  # 128 + SIGTERM
-
-
-def _load(name: str, where: Any, **options: Any) -> Any:
-  """Loads variables from `where.path`, a weight file of `where.source` or one of ours."""
-  if where.source:
-    return convert.load_reference(name, where.path, source=where.source, **options)
-  return checkpoint.load_variables(where.path)
 
 
 def _teacher_variables(plan: planning.Plan) -> Any:
@@ -47,7 +33,7 @@ def _teacher_variables(plan: planning.Plan) -> Any:
   if plan.teacher is None:
     return None
   teacher = plan.config.teacher
-  variables = _load(teacher.name, teacher, image_size=plan.config.image_size)
+  variables = planning.load(teacher.name, teacher, image_size=plan.config.image_size)
   return jax.device_put(variables, sharding.shardings(variables, plan.mesh))
 
 
@@ -60,7 +46,7 @@ def _start(plan: planning.Plan, workdir: pathlib.Path) -> tuple[state.TrainState
   config = plan.config
   if not config.init.path:
     return fresh, window
-  loaded = _load(config.model.name, config.init)
+  loaded = planning.load(config.model.name, config.init)
   init = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
   init = multihost_utils.process_allgather({k: v for k, v in init.items() if v}, tiled=True)
   variables, report = transfer.transfer(
@@ -74,59 +60,8 @@ def _start(plan: planning.Plan, workdir: pathlib.Path) -> tuple[state.TrainState
   return jax.jit(create, out_shardings=plan.places[0])(variables), window
 
 
-def _to_devices(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  place = sharding.batch_sharding(mesh)
-  return {key: jax.make_array_from_process_local_data(place, x) for key, x in batch.items()}
-
-
-class _Evaluator:
-  """Evaluates raw and averaged weights on the whole split."""
-
-  def __init__(self, plan: planning.Plan):
-    data, self._mesh = plan.config.data, plan.mesh
-    self._step = jax.jit(
-      evaluate.make_eval_step(
-        plan.model.apply, data.mean, data.std, by_class=plan.config.eval.per_class
-      )
-    )
-    self._batches = pipeline.eval_batches(
-      data,
-      batch_size=plan.config.eval.batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-
-  def __call__(
-    self, now: state.TrainState, interrupted: Callable[[], bool] = lambda: False
-  ) -> dict[str, float] | None:
-    """Returns metrics named `eval/...` and, of averages, `eval_ema/...`; None if interrupted."""
-    found: dict[str, float] = {}
-    weights = {'eval': (now.params, now.batch_stats)}
-    if now.ema_params is not None:
-      weights['eval_ema'] = (now.ema_params, now.ema_batch_stats)
-    for name, (params, batch_stats) in weights.items():
-      batches: Iterator = (_to_devices(self._mesh, batch) for batch in self._batches)
-      result = evaluate.evaluate(
-        self._step,
-        {'params': params, 'batch_stats': batch_stats},
-        batches,
-        self._batches.num_examples,
-        interrupted,
-        self._batches.label_names,
-      )
-      if result is None:
-        return None
-      found |= {f'{name}/{key}': value for key, value in result.items()}
-    return found
-
-
-def best_name(found: dict[str, float]) -> str:
-  """Returns whose accuracy counts: the averaged weights' where there are any."""
-  return 'eval_ema' if 'eval_ema/top1' in found else 'eval'
-
-
 def _report(found: dict[str, float]) -> None:
-  name = best_name(found)
+  name = evaluation.best_name(found)
   logger.info(
     'test accuracy %.2f %% (%d of %d test images%s)',
     found[f'{name}/top1'],
@@ -139,34 +74,6 @@ def _report(found: dict[str, float]) -> None:
 def dry_run(config: Any) -> None:
   """Prints what a run would be, without touching data."""
   planning.describe(planning.prepare(config, with_data=False))
-
-
-def evaluate_only(config: Any, workdir: pathlib.Path) -> dict[str, float]:
-  """Evaluates the latest checkpoint of a run, raw and averaged weights, on the exact split."""
-  plan = planning.prepare(config)
-  steps = checkpoint.steps_of(workdir)
-  if not steps:
-    raise FileNotFoundError(f'{workdir} has no checkpoint to evaluate: train first')
-  now = plan.shapes[0]
-  parts = {}
-  for prefix, ema in (('', False), ('ema_', True)):
-    has = now.ema_params is not None or not ema
-    loaded = checkpoint.load_variables(workdir, ema=ema, step=steps[-1]) if has else {}
-    parts[f'{prefix}params'] = loaded.get('params')
-    parts[f'{prefix}batch_stats'] = loaded.get('batch_stats', {} if has else None)
-  parts = {
-    key: jax.tree.map(jax.device_put, value, getattr(plan.places[0], key))
-    for key, value in parts.items()
-  }
-  found = _Evaluator(plan)(dataclasses.replace(now, **parts))
-  assert found is not None
-  for name in sorted({key.split('/')[0] for key in found}):
-    print(
-      f'step {steps[-1]} {name}: top-1 {found[f"{name}/top1"]:.3f} %, top-5 '
-      f'{found[f"{name}/top5"]:.3f} %, loss {found[f"{name}/loss"]:.5f}, '
-      f'{found[f"{name}/count"]} test images'
-    )
-  return found
 
 
 def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
@@ -221,7 +128,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
   }
   train_step = train_steps[max(first for first in train_steps if first <= start)]
   teacher = _teacher_variables(plan)
-  evaluator = _Evaluator(plan)
+  evaluator = evaluation.Evaluator(plan)
   writer = metrics.Writer(workdir, start, jax.process_index() == 0)
   clock = metrics.Clock(start, total, config.batch_size, plan.mesh.size)
 
@@ -263,7 +170,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     began = time.monotonic()
     check_finite()
     best = config.eval.best_by
-    scores = {best: found[f'{best_name(found)}/{best}']} if found else None
+    scores = {best: found[f'{evaluation.best_name(found)}/{best}']} if found else None
     manager.save(step, now, window, config, scores)
     clock.pause(time.monotonic() - began)
 
@@ -279,7 +186,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     if step == config.profile.start:
       jax.profiler.start_trace(str(workdir / 'profile'))
     began = time.monotonic()
-    batch = _to_devices(plan.mesh, next(batches))
+    batch = sharding.to_devices(plan.mesh, next(batches))
     clock.wait(time.monotonic() - began)
     train_step = train_steps.get(step - 1, train_step)
     now, window = train_step(now, window, batch, teacher)

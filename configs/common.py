@@ -16,6 +16,11 @@ DATASETS = {
   'imagenet2012': {'num_classes': 1000, 'num_train': 1_281_167, 'eval_split': 'validation'},
   'imagenet21k': {'num_classes': 21_841, 'num_train': 12_700_000, 'eval_split': 'validation'},
   'fashion_mnist': {'num_classes': 10, 'num_train': 60_000, 'eval_split': 'test'},
+  'jft300m': {'num_classes': 18_291, 'num_train': 303_000_000, 'eval_split': 'validation'},
+  'cifar10': {'num_classes': 10, 'num_train': 50_000, 'eval_split': 'test'},
+  'cifar100': {'num_classes': 100, 'num_train': 50_000, 'eval_split': 'test'},
+  'oxford_iiit_pet': {'num_classes': 37, 'num_train': 3680, 'eval_split': 'test'},
+  'oxford_flowers102': {'num_classes': 102, 'num_train': 1020, 'eval_split': 'test'},
   'digits': {'num_classes': 10, 'num_train': 1442, 'eval_split': 'test'},
   'ham10000': {'num_classes': 7, 'num_train': 8012, 'eval_split': 'fold0'},
   'ham10000_holdout': {'num_classes': 7, 'num_train': 7010, 'eval_split': 'test'},
@@ -305,6 +310,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval.every = '1 epochs'
   config.eval.batch_size = 0  # 0: that of training
   config.eval.per_class = False  # recall, precision and AUC of every class, and their means
+  # Of --mode=eval: other test sets, such as 'imagenet_a' or 'imagenet_v2/matched-frequency'; data
+  # sets for probes of so many images per class; the speed of the model.
+  config.eval.suites = ()
+  config.eval.kshot = ()
+  config.eval.shots = (1, 5, 10, 25)
+  config.eval.throughput = False
   config.eval.best_by = 'top1'  # what the best checkpoint is best by
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every = '1000 steps'

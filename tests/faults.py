@@ -55,9 +55,9 @@ def data_gone() -> None:
 
 def not_a_number() -> None:
   """The images of one step are such that no gradient of theirs is finite."""
-  import train
+  from vision_attention.training import sharding
 
-  to_devices, steps = train._to_devices, []
+  to_devices, steps = sharding.to_devices, []
 
   def poisoned(mesh, batch):
     if 'mask' not in batch:
@@ -66,4 +66,4 @@ def not_a_number() -> None:
         batch = {**batch, 'image': np.full(batch['image'].shape, np.nan, np.float32)}
     return to_devices(mesh, batch)
 
-  train._to_devices = poisoned
+  sharding.to_devices = poisoned

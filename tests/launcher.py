@@ -130,9 +130,9 @@ def _child(request: dict[str, Any]) -> None:
 
   import ml_collections
 
-  import main
   import train
   from tests import faults
+  from vision_attention import errors
 
   file = os.open(request['log'], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(file, 1)
@@ -145,7 +145,7 @@ def _child(request: dict[str, Any]) -> None:
   config = ml_collections.ConfigDict(_tuples(request['config']))
   if request.get('patch'):
     getattr(faults, request['patch'])()
-  main.run(lambda: train.train_and_evaluate(config, pathlib.Path(request['workdir'])))
+  errors.run(lambda: train.train_and_evaluate(config, pathlib.Path(request['workdir'])))
 
 
 def _serve() -> None:

@@ -1,7 +1,10 @@
-"""Help for error messages that name the nearest thing that would have worked."""
+"""Errors that name the nearest thing that would have worked, and how a program ends with one."""
 
 import difflib
-from collections.abc import Iterable
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:
@@ -18,3 +21,19 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
   allowed = tuple(allowed)
   if value not in allowed:
     raise ValueError(f'{what} {value!r} is unknown: {nearest(value, allowed)}')
+
+
+def refuse(message: str) -> NoReturn:
+  """Ends the process with a message and exit code 2."""
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(2)
+
+
+def run(job: Callable[[], Any]) -> None:
+  """Does a job; what its user can put right is said in one message, and ends with exit code 2."""
+  try:
+    job()
+  except (ValueError, OSError, FloatingPointError) as error:
+    # A traceback is for our own mistakes.
+    logging.getLogger('vision_attention').debug('refused', exc_info=True)
+    refuse(str(error))

@@ -33,6 +33,7 @@ from vision_attention.training import (
 DTYPES = ('float32', 'bfloat16')
 # Config keys that do not change what is computed, so that a run may go on with other values.
 VOLATILE = ('log_every', 'checkpoint', 'profile', 'compile_cache', 'mesh', 'data.data_dir')
+VOLATILE += ('eval.suites', 'eval.kshot', 'eval.shots', 'eval.throughput')
 VOLATILE += ('data.num_threads', 'data.num_workers', 'data.prefetch')
 
 
@@ -287,6 +288,13 @@ def _check_values(config: Any) -> None:
   ):
     if not low <= value <= high:
       raise ValueError(f'config.{key} {value} is not between {low} and {high}')
+
+
+def load(name: str, where: Any, **options: Any) -> Any:
+  """Loads variables from `where.path`: of `where.source`, a weight file, or else of ours."""
+  if where.source:
+    return convert.load_reference(name, where.path, source=where.source, **options)
+  return checkpoint.load_variables(where.path)
 
 
 def describe(plan: Plan) -> None:

@@ -57,10 +57,11 @@ class Decoded:
   Args:
     records: the encoded source.
     on_corrupt: `raise` or `skip`.
+    several: whether all labels of an example are given, beside the first one.
   """
 
-  def __init__(self, records: source.Source, on_corrupt: str):
-    self._records = records
+  def __init__(self, records: source.Source, on_corrupt: str, several: bool = False):
+    self._records, self._several = records, several
     self._skip = on_corrupt == 'skip'
 
   def __len__(self) -> int:
@@ -74,6 +75,7 @@ class Decoded:
           'image': preprocessing.decode(record.image),
           'label': np.int32(record.label),
           'corrupt': np.int32(offset > 0),
+          **({'labels': record.labels} if self._several else {}),
         }
       except preprocessing.CorruptImageError as error:
         if not self._skip:
@@ -177,6 +179,7 @@ class EvalBatches:
 
   Attributes:
     num_examples: of the whole split.
+    num_classes: of the data set.
     label_names: of the data set.
   """
 
@@ -188,6 +191,7 @@ class EvalBatches:
     self._batch_size = batch_size
     self._process = process_index, process_count
     self.num_examples = len(self._records)
+    self.num_classes = self._records.num_classes
     self.label_names = self._records.label_names
 
   def __len__(self) -> int:
@@ -198,7 +202,7 @@ class EvalBatches:
     share = self._batch_size // count
     # A substitute for a corrupt image would be counted twice, so evaluation always raises.
     dataset = (
-      grain.MapDataset.source(Decoded(self._records, 'raise'))
+      grain.MapDataset.source(Decoded(self._records, 'raise', self._records.has_several))
       .seed(0)
       .random_map(_Augment(self._config.eval_ops))[index::count]
     )
@@ -218,11 +222,20 @@ class EvalBatches:
       label, mask = np.zeros(share, np.int32), np.zeros(share, np.float32)
       for i, example in enumerate(chunk):
         image[i], label[i], mask[i] = example['image'], example['label'], 1
-      yield {'image': image, 'label': label, 'mask': mask}
+      batch = {'image': image, 'label': label, 'mask': mask}
+      if self._records.has_several:
+        batch['labels'] = np.zeros((share, self.num_classes), bool)
+        for i, example in enumerate(chunk):
+          batch['labels'][i, list(example['labels'])] = True
+      yield batch
 
 
 def eval_batches(
   config: Any, *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> EvalBatches:
-  """Returns the evaluation split in batches of `image`, `label` and `mask` (0 for padding)."""
+  """Returns the evaluation split in batches of `image`, `label` and `mask` (0 for padding).
+
+  Of a data set with any number of labels per image there is also `labels`, boolean `[b, k]`, and
+  `label` is -1 where there is none.
+  """
   return EvalBatches(config, batch_size, process_index, process_count)

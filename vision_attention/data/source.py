@@ -150,6 +150,11 @@ def label_names(name: str, data_dir: str | None = None) -> tuple[str, ...]:
   return tuple(_label(name, info.features)[1].names or ())
 
 
+def splits(name: str, data_dir: str | None = None) -> list[str]:
+  """Returns the names of a prepared data set's splits; raises MissingDataError without one."""
+  return sorted(_builder(find(name, data_dir)).info.splits)
+
+
 class Source:
   """A split of a data set, by index.
 
@@ -173,6 +178,7 @@ class Source:
     if 'image' not in info.features:
       raise ValueError(f"data set {name!r} has no feature 'image': it has {list(info.features)}")
     self._key, label = _label(name, info.features)
+    self.has_several: bool = label is not info.features[self._key]
     self.num_classes: int = label.num_classes
     self.label_names: Sequence[str] = tuple(label.names or ())
     self._is_array_record = str(info.file_format.value) == 'array_record'

@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,12 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mes
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The batch is split over all devices."""
   return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  """Puts this process's share of a batch on its devices."""
+  place = batch_sharding(mesh)
+  return {key: jax.make_array_from_process_local_data(place, x) for key, x in batch.items()}
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence) -> PartitionSpec:
