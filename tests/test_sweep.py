@@ -220,3 +220,48 @@ def test_weights_of_the_plain_network_start_one_with_a_module(module):
   assert len(backbone) >= 40
   assert set(report.dropped) == plain - mine
   assert bool(report.dropped) == (module in ('halo', 'sk'))
+
+
+def test_random_search_draws_within_its_ranges_and_the_same_again():
+  ranges = ['a.lr=log(1e-4,1e-2)', 'a.wd=uniform(0,0.3)', 'depth=integer(1,3)', 'm=choice(se,eca)']
+  drawn = sweep.draw(ranges, 400, seed=1)
+  assert drawn == sweep.draw(ranges, 400, seed=1)
+  assert drawn[:7] == sweep.draw(ranges, 7, seed=1)
+  assert [v['a.lr'] for v in drawn] == [v['a.lr'] for v in sweep.draw(ranges[:1], 400, seed=1)]
+  assert drawn != sweep.draw(ranges, 400, seed=2)
+  rates = sorted(float(v['a.lr']) for v in drawn)
+  assert 1e-4 <= rates[0] < 2e-4
+  assert 5e-3 < rates[-1] <= 1e-2
+  assert 7e-4 < rates[200] < 1.4e-3  # the middle of the exponents
+  assert 0.12 < sorted(float(v['a.wd']) for v in drawn)[200] < 0.18
+  assert {v['depth'] for v in drawn} == {'1', '2', '3'}
+  assert {v['m'] for v in drawn} == {'se', 'eca'}
+  found = sweep.expand(['n=1,2'], seeds=3, drawn=drawn[:5])
+  assert len(found) == 2 * 5 * 3
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('lr=log(0,1)', 'above 0'),
+    ('lr=uniform(2,1)', 'must be less'),
+    ('lr=normal(0,1)', 'does not read like'),
+    ('lr=log(1)', 'two numbers'),
+  ],
+)
+def test_ranges_that_cannot_be_drawn_from_are_refused(text, message):
+  with pytest.raises(ValueError, match=message):
+    sweep.draw([text], 1, seed=0)
+
+
+def test_lines_for_a_tpu_vm_run_the_job_there(capsys):
+  arguments = ['--config', CONFIG, '--workdir', 'gs://b/x', '--grid', 'a.b=(1, 2),(3, 4)']
+  assert sweep.main([*arguments, '--gcloud=pod', '--zone=us-central2-b', '--project=lab']) == 0
+  lines = capsys.readouterr().out.splitlines()[1:]
+  assert len(lines) == 2
+  words = shlex.split(lines[1])
+  assert words[:6] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', 'pod']
+  assert words[6:9] == ['--zone=us-central2-b', '--project=lab', '--worker=all']
+  inside = words[9].removeprefix('--command=').removeprefix('cd vision_attention && ')
+  assert shlex.split(inside)[:2] == ['python', 'main.py']
+  assert '--config.a.b=(3, 4)' in shlex.split(inside)

@@ -9,14 +9,17 @@ interrupted goes on, so that the same line may be given again.
 
 A key with a dot is a value of the config (`optimizer.learning_rate=1e-3,3e-3`), any other an
 argument after the config's colon. The keys of one `--zip` change together. Values with commas
-stand in brackets. Whatever begins with `--config.` goes to every run. `tools/collect.py` makes a
-table of the results.
+stand in brackets. `--random 20 --range optimizer.learning_rate=log(1e-4,1e-2)` draws 20 runs; a
+range is log(low,high), uniform(low,high), integer(low,high) or choice(a,b,...), and `--draw` the
+seed of the draw. `--gcloud=<TPU VM>` prints the lines that start each run on all its workers.
+Whatever begins with `--config.` goes to every run. `tools/collect.py` makes a table of the results.
 """
 
 import argparse
 import dataclasses
 import itertools
 import pathlib
+import random
 import re
 import shlex
 import subprocess
@@ -63,8 +66,64 @@ def parse_axis(text: str) -> tuple[str, tuple[str, ...]]:
   return key, tuple(values)
 
 
+def draw(ranges: Iterable[str], count: int, seed: int) -> list[dict[str, str]]:
+  """Returns the values of `count` runs drawn from ranges: the same for the same seed.
+
+  Args:
+    ranges: `key=log(1e-4,1e-2)`, or with `uniform`, `integer` (both ends included) or `choice`.
+    count: number of runs.
+    seed: of the draw; more runs of a seed begin with those of fewer.
+
+  Raises:
+    ValueError: for a range that cannot be read.
+  """
+  drawn: list[dict[str, str]] = [{} for _ in range(count)]
+  for text in ranges:
+    match = re.fullmatch(r'([\w.]+)=(\w+)\((.*)\)', text)
+    if match is None or match[2] not in ('log', 'uniform', 'integer', 'choice'):
+      raise ValueError(
+        f'{text!r} does not read like key=log(1e-4,1e-2), uniform, integer or choice'
+      )
+    key, kind, inside = match.groups()
+    # A generator of the key's own: other ranges beside it change nothing.
+    rng = random.Random(f'{seed} {key}')
+    if kind == 'choice':
+      values = parse_axis(f'{key}={inside}')[1]
+      of = lambda rng=rng, values=values: rng.choice(values)
+    else:
+      try:
+        low, high = map(float, inside.split(','))
+      except ValueError:
+        raise ValueError(f'{text!r} needs two numbers in its brackets') from None
+      if not low < high or (kind == 'log' and low <= 0):
+        raise ValueError(
+          f'{text!r}: the first number must be less{" and above 0" * (kind == "log")}'
+        )
+      if kind == 'integer':
+        of = lambda rng=rng, low=low, high=high: str(rng.randint(int(low), int(high)))
+      elif kind == 'log':
+        of = lambda rng=rng, low=low, high=high: f'{low * (high / low) ** rng.random():.4g}'
+      else:
+        of = lambda rng=rng, low=low, high=high: f'{rng.uniform(low, high):.4g}'
+    for values_of_run in drawn:
+      if key in values_of_run:
+        raise ValueError(f'{key} is given twice')
+      values_of_run[key] = of()
+  return drawn
+
+
+def gcloud_line(job: Job, name: str, options: Sequence[str], folder: str) -> str:
+  """Returns the line that starts a run on all workers of a TPU VM, from the project in `folder`."""
+  inside = f'cd {folder} && {job}'
+  command = ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', name, *options, '--worker=all']
+  return shlex.join([*command, f'--command={inside}'])
+
+
 def expand(
-  grid: Iterable[str], zipped: Iterable[Iterable[str]] = (), seeds: int = 0
+  grid: Iterable[str],
+  zipped: Iterable[Iterable[str]] = (),
+  seeds: int = 0,
+  drawn: Sequence[dict[str, str]] = (),
 ) -> list[dict[str, str]]:
   """Returns the values of every run, the seeds running fastest.
 
@@ -72,6 +131,7 @@ def expand(
     grid: axes as text, of which every combination is made.
     zipped: groups of axes of the same length, whose keys change together.
     seeds: number of seeds, from 0; 0 for that of the config.
+    drawn: values that change together, of `draw`.
 
   Raises:
     ValueError: for an axis that cannot be read, zipped axes of different lengths, or a key twice.
@@ -85,6 +145,8 @@ def expand(
       raise ValueError(f'zipped keys must have as many values as each other: {counts}')
     rows = zip(*(values for _, values in parsed), strict=True)
     axes.append([{key: v for (key, _), v in zip(parsed, row, strict=True)} for row in rows])
+  if drawn:
+    axes.append(list(drawn))
   if seeds:
     axes.append([{'config.seed': str(seed)} for seed in range(seeds)])
   keys = [_full(key) for axis in axes for key in axis[0]]
@@ -205,13 +267,23 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--grid', nargs='+', action='extend', default=[], metavar='KEY=V1,V2')
   parser.add_argument('--zip', nargs='+', action='append', default=[], metavar='KEY=V1,V2')
   parser.add_argument('--seeds', type=int, default=0, help='number of seeds, from 0')
+  parser.add_argument('--random', type=int, default=0, metavar='N', help='draw N runs')
+  parser.add_argument('--range', nargs='+', action='extend', default=[], metavar='KEY=log(A,B)')
+  parser.add_argument('--draw', type=int, default=0, help='seed of the draw')
+  parser.add_argument('--gcloud', metavar='NAME', help='print lines for a TPU VM')
+  parser.add_argument('--zone', help='of the TPU VM')
+  parser.add_argument('--project', help='of the TPU VM')
+  parser.add_argument('--folder', default='vision_attention', help='of the project, there')
   parser.add_argument('--run', action='store_true', help='run them here')
   parser.add_argument('--slurm', type=pathlib.Path, help='write a script for sbatch')
   args, rest = parser.parse_known_args(argv)
   if unknown := [text for text in rest if not re.match(r'--config\.[\w.]+=', text)]:
     parser.error(f'unknown arguments {unknown}: values of the config read --config.key=value')
+  if bool(args.random) != bool(args.range) or args.random < 0:
+    parser.error('--random N and --range KEY=... go together')
   try:
-    values = expand(args.grid, args.zip, args.seeds)
+    drawn = draw(args.range, args.random, args.draw)
+    values = expand(args.grid, args.zip, args.seeds, drawn)
     python = sys.executable if args.run or args.slurm else 'python'
     found = jobs(args.config, args.workdir, values, rest, python)
     todo = [job for job in found if not is_done(job)]
@@ -228,6 +300,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for job in failed:
       print(f'failed: {job}', file=sys.stderr)
     return 1 if failed else 0
+  elif args.gcloud:
+    options = [f'--{k}={v}' for k in ('zone', 'project') if (v := getattr(args, k))]
+    for job in todo:
+      print(gcloud_line(job, args.gcloud, options, args.folder))
   else:
     print('\n'.join(map(str, todo)))
   return 0
