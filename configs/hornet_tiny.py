@@ -6,8 +6,9 @@
   python main.py --config=configs/hornet_tiny.py:variant=hornet_large_gf_img384,init=runs/large
   python main.py --config=configs/hornet_tiny.py:local --workdir=runs/digits
 
-Arguments: `variant`; `data`; `init`, the run on ImageNet-22k that fine-tuning at 384 pixels starts
-from, whose filters are resized; `local`.
+Arguments: `variant`; `data`; `init`, the run on ImageNet-22k that fine-tuning starts from, whose
+filters are resized and whose classifier keeps the rows of the classes that ImageNet-1k has; `size`,
+of the images, by the variant unless given, and 384 in fine-tuning with 7x7 convolutions; `local`.
 
 Published top-1 of training on ImageNet-1k at 224 pixels for 300 epochs, with 7x7 convolutions and
 with global filters: HorNet-T 82.8 and 83.0, -S 83.8 and 84.0, -B 84.2 and 84.3. After ImageNet-22k,
@@ -15,8 +16,7 @@ unverified against the paper: -L 86.8 and 87.0, with global filters at 384 pixel
 published. The runs have not been repeated here. The published numbers are those of averaged
 weights.
 
-What differs from the original: its fine-tuning takes the 1000 rows of the classifier that
-ImageNet-1k has in common with ImageNet-22k; here the classifier begins anew.
+The code fine-tunes at 384 pixels; its recipe stands in for that at 224 (unverified).
 
 `local` trains a small HorNet on scikit-learn's digits, in a minute or two on two CPU cores, to at
 least 90 % of the 355 test images.
@@ -37,18 +37,25 @@ _RECIPES_1K = {
   'hornet_base_gf': (0.5, 1.0, 15),
 }
 _RECIPES_22K = {'hornet_large_7x7': (0.2, 5.0, 9), 'hornet_large_gf': (0.2, 1.0, 9)}
-_RECIPES_TUNE = {'hornet_large_gf_img384': (0.4, 1.0, 9)}
+_RECIPES_TUNE = {
+  'hornet_large_7x7': (0.4, 1.0, 9),
+  'hornet_large_gf': (0.4, 1.0, 9),
+  'hornet_large_gf_img384': (0.4, 1.0, 9),
+}
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(arg, variant='hornet_tiny_7x7', data='imagenet2012', init='', local=False)
+  args = common.parse_arg(
+    arg, variant='hornet_tiny_7x7', data='imagenet2012', size=0, init='', local=False
+  )
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
     return _local(config, args.data)
   common.use_data(config, args.data)
   common.deit_augmentation(config)
-  config.image_size = 384 if args.variant.endswith('_img384') else 224
+  large = args.variant.endswith('_img384') or (args.init and args.variant.endswith('_7x7'))
+  config.image_size = args.size or (384 if large else 224)
   whole = config.image_size >= 384
   config.data.eval_ops = ('resize({size})' if whole else 'center_crop({size}, ratio=0.875)',)
   config.optimizer.name = 'adamw'
@@ -94,6 +101,7 @@ def _fine_tune(config: ml_collections.ConfigDict, init: str) -> None:
   """On ImageNet-1k after ImageNet-22k, with a learning rate that falls towards the stem."""
   _recipe(config, _RECIPES_TUNE)
   config.init.path = init
+  config.init.classes = 'imagenet21k'
   config.total = '30 epochs'
   config.batch_size = 512
   config.optimizer.learning_rate = 5e-5

@@ -2,11 +2,12 @@
 
   python main.py --config=configs/qna_tiny.py
   python main.py --config=configs/qna_tiny.py:variant=qna_base
-  python main.py --config=configs/qna_tiny.py:variant=qna_base,size=384,init=runs/base
+  python main.py --config=configs/qna_tiny.py:variant=qna_base,init=runs/base
   python main.py --config=configs/qna_tiny.py:local --workdir=runs/digits
 
 Arguments: `variant`; `data`; `init`, the run that fine-tuning starts from, whose tables are resized
-where the windows are others; `size`, of the images; `local`.
+where the windows are others; `size`, of the images, 224 or, in fine-tuning, 384 unless given;
+`local`.
 
 Published top-1 of training on ImageNet-1k at 224 pixels for 300 epochs: QnA-T 81.7, with 7x7
 windows 82.0, -S 83.2, -B 83.7 (83.9 in the authors' code, with the longer warm-up that is here).
@@ -28,7 +29,7 @@ _DROP_PATH = {'qna_tiny': 0.05, 'qna_tiny_7x7': 0.05, 'qna_small': 0.2, 'qna_bas
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   args = common.parse_arg(
-    arg, variant='qna_tiny', data='imagenet2012', size=224, init='', local=False
+    arg, variant='qna_tiny', data='imagenet2012', size=0, init='', local=False
   )
   config = common.get_config()
   config.model.name = args.variant
@@ -42,7 +43,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.data.train_ops = (*config.data.train_ops, 'color_jitter(0.24, 0.24, 0.24, 0.06)')
   config.mixing.per = 'weight'
   config.mixing.draw = 'power'
-  config.image_size = args.size
+  config.image_size = args.size or (384 if args.init else 224)
   config.data.eval_ops = ('center_crop({size}, ratio=0.875)',)
   config.model.options = {'drop_path': _DROP_PATH[args.variant]}
   config.batch_size = 1024

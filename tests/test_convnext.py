@@ -1,7 +1,6 @@
 """What is particular to ConvNeXt: its branch, its sizes, and other people's names."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,7 @@ import vision_attention as va
 from configs import convnext_tiny
 from tests import abstract
 from vision_attention import convert
-from vision_attention.models import convnext, tree
-from vision_attention.training import optimizer
+from vision_attention.models import convnext, depth, tree
 
 TINY = dict(depths=(1, 2), dims=(8, 16))
 
@@ -208,13 +206,8 @@ def test_the_learning_rate_falls_towards_the_stem():
   assert (config.batch_size, config.mixing.mixup_alpha, config.total) == (512, 0, '30 epochs')
   assert config.model.options.to_dict() == {'drop_path': 0.8, 'head_init_scale': 0.001}
   assert config.data.eval_ops == ('resize({size})',)
-  multipliers = config.optimizer.lr_multipliers
   params = abstract.variables('convnext_base')['params']
-  optimizer.check_patterns(params, [pattern for pattern, _ in multipliers], 'multiplier')
-
-  def factor(path):
-    return next((f for pattern, f in multipliers if re.search(pattern, path)), 1.0)
-
+  factors = tree.flatten(depth.factors('convnext_base', params, config.optimizer.layer_decay))
   layers = {
     'backbone/stem/conv/kernel': 0,
     'backbone/stage1/block02/norm/scale': 1,
@@ -229,7 +222,5 @@ def test_the_learning_rate_falls_towards_the_stem():
     'head/norm/scale': 13,
     'head/classifier/kernel': 13,
   }
-  known = tree.flatten(params)
   for path, layer in layers.items():
-    assert path in known
-    assert factor(path) == pytest.approx(0.7 ** (13 - layer)), path
+    assert factors[path] == pytest.approx(0.7 ** (13 - layer)), path
