@@ -222,3 +222,19 @@ def test_costs_are_those_of_the_runs_model(tmp_path):
   base, base_adds = collect.cost(again)
   assert count - base == sum(2 * c * (c // 16) + c // 16 + c for c in (16, 32, 64))
   assert 0 < multiply_adds - base_adds < 1e-4
+
+
+def test_curves_are_drawn_over_the_seeds_of_a_cell(tmp_path, capsys):
+  for module in ('se', 'eca'):
+    for seed in (0, 1):
+      _run(tmp_path / f'{module}{seed}', module, seed, 60.0 + seed, ema=True)
+  found = runs.find([tmp_path])
+  assert runs.curve(found[0], 'top1') == [(100, 61.0)]  # of averages, which began late
+  assert runs.curve(found[0], 'train/loss') == [(100, 0.1)]
+  assert runs.curve(found[0], 'none') == []
+  image = tmp_path / 'curves.png'
+  arguments = [str(tmp_path), '--metrics', 'top1', '--plot', str(image)]
+  assert collect.main([*arguments, '--curves', 'top1', 'train/loss']) == 0
+  assert image.read_bytes()[:4] == b'\x89PNG'
+  assert collect.main([*arguments, '--curves', 'lost']) == 2
+  assert "no run has 'lost'" in capsys.readouterr().err

@@ -8,7 +8,9 @@ that has these values and otherwise its own: the plain backbone of each. The p-v
 of Student's paired test (or Wilcoxon's signed ranks), corrected by Holm's method over all cells.
 Keys may be shortened to their last word. The metrics are those of the last evaluation, of averaged
 weights where a run has them. `--cost` adds parameters and multiply-adds. `--out` takes `.md` or
-`.csv`; the latter has every number, uncorrected p-values too.
+`.csv`; the latter has every number, uncorrected p-values too. `--plot curves.png` draws the metrics
+through training, a line per cell with a band of one deviation over its runs; `--curves` names
+others, such as train/loss.
 """
 
 import argparse
@@ -109,6 +111,42 @@ def as_csv(rows: Sequence[comparison.Row], costs: Mapping[Any, tuple[int, float]
   return out.getvalue()
 
 
+def plot(
+  path: pathlib.Path,
+  rows: Sequence[comparison.Row],
+  found: Sequence[runs.Run],
+  curves: Sequence[str],
+) -> None:
+  """Draws a panel per metric: the mean of every cell's runs at the steps that all of them have.
+
+  Raises:
+    ValueError: without matplotlib, or if no run has a metric.
+  """
+  try:
+    from matplotlib import figure
+  except ModuleNotFoundError:
+    raise ValueError('--plot needs matplotlib: pip install matplotlib') from None
+  drawing = figure.Figure(figsize=(6 * len(curves), 4), layout='constrained')
+  panels = drawing.subplots(1, len(curves), squeeze=False)[0]
+  for panel, metric in zip(panels, curves, strict=True):
+    for row in rows:
+      mine = [run for run in found if all(run.flat.get(key) == value for key, value in row.cell)]
+      series = [dict(runs.curve(run, metric)) for run in mine]
+      steps = sorted(set.intersection(*map(set, series)))
+      if not steps:
+        continue
+      values = np.array([[one[step] for step in steps] for one in series])
+      mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+      label = ', '.join(f'{key.rpartition(".")[2]}={value}' for key, value in row.cell)
+      panel.plot(steps, mean, label=label or f'{len(mine)} runs')
+      panel.fill_between(steps, mean - std, mean + std, alpha=0.2)
+    if not panel.lines:
+      raise ValueError(f'no run has {metric!r} at a step that its others have too')
+    panel.set(xlabel='step', ylabel=metric)
+    panel.legend()
+  drawing.savefig(path, dpi=150)
+
+
 def collect(args: argparse.Namespace) -> str:
   """Returns the table that the command line asks for, as Markdown or, for a `.csv`, as CSV."""
   found = runs.find(args.folders)
@@ -132,6 +170,8 @@ def collect(args: argparse.Namespace) -> str:
     baseline=baseline,
     test=args.test,
   )
+  if args.plot:
+    plot(args.plot, rows, finished, args.curves or list(rows[0].scores))
   costs = {row.cell: cost(row.run) for row in rows} if args.cost else {}
   make = as_csv if args.out and args.out.suffix == '.csv' else markdown
   return make(rows, costs)
@@ -148,6 +188,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--baseline', nargs='+', metavar='KEY=VALUE', help='what to compare with')
   parser.add_argument('--test', choices=comparison.TESTS, default='t')
   parser.add_argument('--cost', action='store_true', help='add parameters and multiply-adds')
+  parser.add_argument('--plot', type=pathlib.Path, help='a .png file of curves')
+  parser.add_argument(
+    '--curves', nargs='+', default=[], help='of the plot; the metrics if not given'
+  )
   parser.add_argument('--out', type=pathlib.Path, help='a .md or .csv file; printed if not given')
   args = parser.parse_args(argv)
   try:

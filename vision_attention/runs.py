@@ -77,6 +77,26 @@ def read(workdir: pathlib.Path) -> Run | None:
   return Run(workdir, config, total, step, metrics)
 
 
+def curve(run: Run, metric: str) -> list[tuple[int, float]]:
+  """Returns steps and values of a metric through a run, such as `top1` or `train/loss`.
+
+  Of an evaluation's metric, those of the averaged weights where there are any.
+  """
+  path = run.workdir / METRICS
+  found: dict[str, list[tuple[int, float]]] = {}
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError:
+      continue  # a kill cut it short
+    for key in (f'eval_ema/{metric}', f'eval/{metric}', metric):
+      if key in row:
+        found.setdefault(key, []).append((row['step'], row[key]))
+  return next(
+    (found[k] for k in (f'eval_ema/{metric}', f'eval/{metric}', metric) if k in found), []
+  )
+
+
 def find(folders: Iterable[pathlib.Path]) -> list[Run]:
   """Returns every run in or below the folders, in order of their paths.
 
