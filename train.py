@@ -129,7 +129,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
   train_step = train_steps[max(first for first in train_steps if first <= start)]
   teacher = _teacher_variables(plan)
   evaluator = evaluation.Evaluator(plan)
-  writer = metrics.Writer(workdir, start, jax.process_index() == 0)
+  writer = metrics.Writer(workdir, start, jax.process_index() == 0, config)
   clock = metrics.Clock(start, total, config.batch_size, plan.mesh.size)
 
   def check_finite() -> None:

@@ -324,5 +324,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.profile = ml_collections.ConfigDict()
   config.profile.start = -1  # step of the run; -1 for none
   config.profile.steps = 5
+  config.wandb = ml_collections.ConfigDict()
+  config.wandb.project = ''  # at Weights & Biases; none if empty
+  config.wandb.mode = 'offline'  # or 'online'
   config.compile_cache = '~/.cache/vision_attention/jax'
   return config.lock()

@@ -28,12 +28,14 @@ from vision_attention.training import (
   schedule,
   sharding,
   state,
+  tracking,
 )
 
 DTYPES = ('float32', 'bfloat16')
 # Config keys that do not change what is computed, so that a run may go on with other values.
 VOLATILE = ('log_every', 'checkpoint', 'profile', 'compile_cache', 'mesh', 'data.data_dir')
 VOLATILE += ('eval.suites', 'eval.kshot', 'eval.shots', 'eval.throughput')
+VOLATILE += ('wandb',)
 VOLATILE += ('data.num_threads', 'data.num_workers', 'data.prefetch')
 
 
@@ -244,6 +246,7 @@ def _teacher(config: Any, with_data: bool) -> base.Classifier | None:
 def _check_values(config: Any) -> None:
   """Refuses single values that nothing later would name."""
   errors.check_choice('config.loss.kind', config.loss.kind, losses.KINDS)
+  tracking.check(config.wandb)
   errors.check_choice('config.loss.class_weights', config.loss.class_weights, losses.CLASS_WEIGHTS)
   best = ('top1', 'top5', *(per_class.MEANS if config.eval.per_class else ()))
   if config.eval.best_by in per_class.MEANS and not config.eval.per_class:

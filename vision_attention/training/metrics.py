@@ -9,6 +9,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from vision_attention.training import tracking
+
 # A logger of our own: the libraries below speak through absl's, and too much.
 logger = logging.getLogger('vision_attention')
 METRICS = 'metrics.jsonl'
@@ -41,16 +43,19 @@ class Writer:
     workdir: folder of the run.
     step: the restored step; what an interrupted run wrote after it is dropped.
     active: whether this process writes.
+    config: of the run, for Weights & Biases if it names a project there.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int, active: bool):
+  def __init__(self, workdir: pathlib.Path, step: int, active: bool, config: Any = None):
     self._folder = workdir
-    self._board = None
+    self._board = self._tracker = None
     if active:
       workdir.mkdir(parents=True, exist_ok=True)
       for name in (METRICS, TIMING):
         _truncate(workdir / name, step)
       self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+      if config is not None and config.wandb.project:
+        self._tracker = tracking.Tracker(config.wandb, workdir, config)
 
   def write(self, step: int, values: Mapping[str, float], *, timing: bool = False) -> None:
     """Appends one line and flushes it."""
@@ -60,6 +65,8 @@ class Writer:
       file.write(json.dumps({'step': step, **values}) + '\n')
     for key, value in values.items():
       self._board.add_scalar(key, value, step)
+    if self._tracker is not None:
+      self._tracker.write(step, values)
 
   def has(self, step: int, key: str) -> bool:
     """Whether a metric was written at a step, by this process or before a restart."""
@@ -68,9 +75,11 @@ class Writer:
     return any(row['step'] == step and key in row for row in map(json.loads, lines))
 
   def close(self) -> None:
-    """Flushes TensorBoard's file."""
+    """Writes what is left of TensorBoard's file, and of Weights & Biases' run."""
     if self._board is not None:
       self._board.close()
+    if self._tracker is not None:
+      self._tracker.close()
 
 
 class Clock:
