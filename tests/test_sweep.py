@@ -5,6 +5,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -168,6 +169,34 @@ def test_a_slurm_script_runs_the_task_of_its_number(tmp_path, monkeypatch):
     ['bash', 'job.sh'], capture_output=True, text=True, check=True, env={'SLURM_ARRAY_TASK_ID': '1'}
   )
   assert done.stdout.strip() == str(list(found[1].command[2:]))
+
+
+def test_a_task_that_is_told_to_stop_saves_and_queues_again(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  # A run that takes its time to save, and leaves as main.py does.
+  (tmp_path / 'main.py').write_text(
+    'import os, signal, time\n'
+    'def save(*_):\n'
+    '  time.sleep(0.2)\n'
+    "  open('saved', 'w').close()\n"
+    '  os._exit(143)\n'
+    'signal.signal(signal.SIGTERM, save)\n'
+    "open('began', 'w').close()\n"
+    'time.sleep(60)\n'
+  )
+  (tmp_path / 'scontrol').write_text('#!/bin/bash\necho "$@" > asked\n')
+  (tmp_path / 'scontrol').chmod(0o755)
+  found = sweep.jobs(CONFIG, pathlib.Path('runs'), [{'module': 'se'}], (), sys.executable)
+  (tmp_path / 'job.sh').write_text(sweep.slurm_script(found, pathlib.Path('runs')))
+  env = {'SLURM_ARRAY_TASK_ID': '0', 'SLURM_ARRAY_JOB_ID': '7', 'PATH': f'{tmp_path}:/usr/bin:/bin'}
+  task = subprocess.Popen(['bash', 'job.sh'], env=env)
+  end = time.monotonic() + 30
+  while not (tmp_path / 'began').exists() and time.monotonic() < end:
+    time.sleep(0.02)
+  task.terminate()
+  assert task.wait(30) == sweep.PREEMPTED
+  assert (tmp_path / 'saved').exists()
+  assert (tmp_path / 'asked').read_text() == 'requeue 7_0\n'
 
 
 # -- What is swept.

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from vision_attention import runs
 
 COMMAND = 'command.txt'
+PREEMPTED = 143  # how main.py leaves after it saved on SIGTERM
 _OPENING, _CLOSING = '([{', ')]}'
 
 
@@ -241,20 +242,34 @@ def _call(job: Job) -> int:
 def slurm_script(todo: Sequence[Job], workdir: pathlib.Path) -> str:
   """Returns a job array for `sbatch`, a run per task.
 
-  Slurm's SIGTERM, two minutes before the end, reaches the run, which saves; requeued, it goes on.
+  Slurm's SIGTERM, two minutes before the end of the allotted time, reaches the run, which saves and
+  leaves with 143; the task then queues again by itself, as after a preemption, and goes on.
   """
   lines = '\n'.join(f'  {shlex.quote(str(job))}' for job in todo)
   return f"""#!/bin/bash
 #SBATCH --job-name={re.sub('[^A-Za-z0-9_.-]', '_', workdir.name) or 'sweep'}
 #SBATCH --array=0-{len(todo) - 1}
 #SBATCH --output={workdir}/slurm-%A_%a.txt
+#SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
-cd {shlex.quote(str(pathlib.Path.cwd()))}
+cd {shlex.quote(str(pathlib.Path.cwd()))} || exit 1
 commands=(
 {lines}
 )
-exec bash -c "exec ${{commands[$SLURM_ARRAY_TASK_ID]}}"
+bash -c "exec ${{commands[$SLURM_ARRAY_TASK_ID]}}" &
+run=$!
+trap 'kill -TERM "$run"' TERM
+while true; do
+  wait "$run"
+  code=$?
+  # A signal ends the waiting, not the run.
+  kill -0 "$run" 2>/dev/null || break
+done
+if [ "$code" -eq {PREEMPTED} ]; then
+  scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+fi
+exit "$code"
 """
 
 
