@@ -90,8 +90,10 @@ def weights(folder, tmp_path_factory):
 
 @pytest.mark.fast
 def test_all_that_is_missing_is_said_at_once(folder):
-  config = _config(folder, **{'eval.suites': ('imagenet_sketch', 'own', 'imagenet2012_real')})
-  with pytest.raises(source.MissingDataError, match=r'imagenet_sketch(.|\n)*imagenet2012_real'):
+  names = ('imagenet_sketch', 'own', 'imagenet2012_real')
+  config = _config(folder, **{'eval.suites': names, 'eval.kshot': ('digits', 'pets')})
+  said = r'imagenet_sketch(.|\n)*imagenet2012_real(.|\n)*prepare_data.py digits'
+  with pytest.raises(source.MissingDataError, match=said):
     suites.prepare(config)
   with pytest.raises(ValueError, match='images of 2 classes in place of 200'):
     suites.prepare(_config(folder, **{'eval.suites': ('imagenet_r',)}))

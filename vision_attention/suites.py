@@ -48,6 +48,8 @@ class Suite:
 def prepare(config: Any, process_index: int = 0, process_count: int = 1) -> list[Suite]:
   """Opens all test sets of `config.eval.suites` before anything is computed.
 
+  That the data of `config.eval.kshot` are there is looked at too, so that one message says it all.
+
   Args:
     config: of a run, resolved.
     process_index: which process this is.
@@ -58,7 +60,7 @@ def prepare(config: Any, process_index: int = 0, process_count: int = 1) -> list
     ValueError: for a set that has no class of the model, or not those that it is known for.
   """
   names, missing = tuple(config.eval.suites), []
-  for name in names:
+  for name in dict.fromkeys((*names, *config.eval.kshot)):
     try:
       source.find(name, config.data.data_dir or None)
     except source.MissingDataError as error:
