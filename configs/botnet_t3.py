@@ -73,7 +73,7 @@ def _augment(config: ml_collections.ConfigDict, magnitude: int) -> None:
   config.data.train_ops = (
     'random_resized_crop({size}, area=(0.08, 1.0))',
     'flip()',
-    f'rand_augment(2, {magnitude}, prob=1.0, max_magnitude=30)',
+    f'rand_augment_tpu(2, {magnitude})',
   )
 
 

@@ -26,7 +26,7 @@ _DROP_PATH_1K = {'coatnet_0': 0.2, 'coatnet_1': 0.3, 'coatnet_2': 0.5, 'coatnet_
 _DROP_PATH_21K = {'coatnet_2': 0.3, 'coatnet_3': 0.5, 'coatnet_4': 0.7}
 _CROP = 'random_resized_crop({size}, area=(0.05, 1.0))'
 # The paper gives layers and magnitude; magnitudes above 10 extrapolate, as in Google's code.
-_RAND_AUGMENT = 'rand_augment(2, {magnitude}, prob=1.0, max_magnitude=30)'
+_RAND_AUGMENT = 'rand_augment_tpu(2, {magnitude})'
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:

@@ -173,7 +173,7 @@ def resnet_rs(config: ml_collections.ConfigDict, magnitude: int) -> None:
   config.data.train_ops = (
     'random_resized_crop({size}, area=(0.08, 1.0))',
     'flip()',
-    f'rand_augment(2, {magnitude}, prob=1.0, max_magnitude=30)',
+    f'rand_augment_tpu(2, {magnitude})',
   )
   config.data.eval_ops = ('center_crop({size}, ratio=0.875)',)
   config.loss.label_smoothing = 0.1
@@ -303,6 +303,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1
   config.mesh.fsdp = 1
+  config.mesh.tensor = 1  # splits attention heads and MLP widths, within a process
+  config.mesh.join_seconds = 180  # how long processes wait for each other at the start
+  config.mesh.heartbeat_seconds = 60  # a process silent for so long is lost, and ends the others
   config.sharding_rules = ()  # pairs of pattern and axes: ('classifier/kernel', (None, 'fsdp'))
 
   config.log_every = '100 steps'
@@ -321,11 +324,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint.every = '1000 steps'
   config.checkpoint.keep_latest = 1
   config.checkpoint.keep_best = 1
-  config.profile = ml_collections.ConfigDict()
-  config.profile.start = -1  # step of the run; -1 for none
-  config.profile.steps = 5
   config.wandb = ml_collections.ConfigDict()
   config.wandb.project = ''  # at Weights & Biases; none if empty
   config.wandb.mode = 'offline'  # or 'online'
+  config.profile = ml_collections.ConfigDict()
+  config.profile.start = -1  # step of the run; -1 for none
+  config.profile.steps = 5
   config.compile_cache = '~/.cache/vision_attention/jax'
   return config.lock()

@@ -83,7 +83,7 @@ def _rate(config: ml_collections.ConfigDict, rates: dict[str, float]) -> None:
 
 def _augment(config: ml_collections.ConfigDict, magnitude: int) -> None:
   # The list of operations is not published (unverified).
-  rand_augment = f'rand_augment(2, {magnitude}, prob=1.0, max_magnitude=30)'
+  rand_augment = f'rand_augment_tpu(2, {magnitude})'
   config.data.train_ops = (_CROP, 'flip()', rand_augment)
 
 

@@ -6,9 +6,7 @@
 Published top-1 at 90 / 150 / 300 epochs (Table 1): 76.5 / 78.5 / 80.0; 90 epochs took 6 h 30 on a
 TPU v3-8. The runs have not been repeated here.
 
-What differs from the original: RandAugment is timm's PIL form at the nearest setting to the
-TensorFlow form of the recipe (no Cutout; translation relative to the image), and resizing has
-antialiasing.
+What differs from the original: resizing has antialiasing.
 """
 
 import ml_collections
@@ -35,7 +33,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.data.train_ops = (
     'random_resized_crop({size}, area=(0.05, 1.0), interpolation="bilinear")',
     'flip()',
-    'rand_augment(2, 10, prob=1.0)',
+    'rand_augment_tpu(2, 10)',
   )
   config.data.eval_ops = ('center_crop({size}, ratio=0.875, interpolation="bilinear")',)
   config.data.mean = (0.5, 0.5, 0.5)

@@ -39,7 +39,7 @@ def _values(config) -> dict:
 
 
 def _rand_augment(magnitude: int) -> list[str]:
-  return [f'rand_augment(2, {magnitude}, prob=1.0, max_magnitude=30)']
+  return [f'rand_augment_tpu(2, {magnitude})']
 
 
 TRAIN = {
@@ -134,7 +134,7 @@ def test_vit_s16_is_trained_as_better_plain_vit(epochs, steps):
   assert config.data.mean == config.data.std == (0.5, 0.5, 0.5)
   assert config.data.train_split == 'train[:99%]'
   assert config.data.train_ops[0].startswith('random_resized_crop({size}, area=(0.05, 1.0)')
-  assert config.data.train_ops[2].startswith('rand_augment(2, 10')
+  assert config.data.train_ops[2].startswith('rand_augment_tpu(2, 10')
   decays = optimizer.matches(plan.shapes[0].params, adam.weight_decay_mask)
   flat = {optimizer.path_of(p): v for p, v in jax.tree_util.tree_leaves_with_path(decays)}
   assert {path.rsplit('/', 1)[1] for path, decayed in flat.items() if decayed} == {'kernel'}

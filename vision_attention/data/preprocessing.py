@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from vision_attention import errors
-from vision_attention.data import color, randaugment
+from vision_attention.data import color, randaugment, tpu_randaugment
 
 # The reader runs many threads of its own.
 cv2.setNumThreads(1)
@@ -227,6 +227,22 @@ def rand_augment(
   return apply
 
 
+def rand_augment_tpu(layers: int, magnitude: float) -> Op:
+  """RandAugment as TPU recipes have it; see `data.tpu_randaugment`.
+
+  Args:
+    layers: operations per image.
+    magnitude: strength in tenths; above 10 the operations' scales go on.
+  """
+  if layers < 0 or magnitude < 0:
+    raise ValueError(f'rand_augment_tpu({layers}, {magnitude}) must not be negative')
+
+  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return tpu_randaugment.rand_augment(image, rng, layers=layers, magnitude=magnitude)
+
+  return apply
+
+
 _OPS = {
   op.__name__: op
   for op in (
@@ -240,6 +256,7 @@ _OPS = {
     color_jitter,
     three_augment,
     rand_augment,
+    rand_augment_tpu,
   )
 }
 

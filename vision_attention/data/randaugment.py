@@ -1,9 +1,7 @@
 """RandAugment (arXiv 1909.13719) on PIL images, with the operations and scales of timm.
 
-Two operations out of fifteen say what "magnitude" means: see `_OPERATIONS`. The TensorFlow form of
-Google's recipes differs in that it always applies every chosen operation, does not bound the
-magnitude at 10, translates by up to 100 pixels and has Cutout; `prob=1, max_magnitude=30` is the
-nearest to it.
+Two operations out of fifteen say what "magnitude" means: see `_OPERATIONS`. Google's recipes have
+another form: `data.tpu_randaugment`.
 """
 
 from collections.abc import Callable, Sequence
