@@ -4,10 +4,11 @@
 #
 #   scripts/run_tpu.sh --name=pod --zone=us-central2-b --project=lab --type=v4-128 \
 #     [--spot] [--version=tpu-ubuntu2204-base] [--repository=URL] [--tries=100] [--keep] [--dry_run] \
-#     -- --config=configs/coatnet0.py --workdir=gs://bucket/run1
+#     [--bucket=NAME] -- --config=configs/coatnet0.py --workdir=/mnt/NAME/run1
 #
-# What stands behind `--` goes to main.py. The run's folder must be one that all workers see, as a
-# bucket is: after a preemption it is what the run goes on from. main.py ends with 0 when it is
+# What stands behind `--` goes to main.py. The run's folder must be one that all workers see, and
+# that outlives them: after a preemption it is what the run goes on from. --bucket mounts one at
+# /mnt/NAME on every worker, with gcsfuse. main.py ends with 0 when it is
 # through, and with 2 when it refuses a config, which no further try would mend. --dry_run prints
 # the commands and runs none. --keep leaves the TPU VM when the run is through.
 set -euo pipefail
@@ -15,6 +16,7 @@ set -euo pipefail
 name='' zone='' project='' type='' spot='' keep='' dry_run='' tries=100
 version='tpu-ubuntu2204-base'
 repository=''
+bucket=''
 
 die() {
   echo "error: $*" >&2
@@ -23,7 +25,7 @@ die() {
 
 while (($#)); do
   case $1 in
-    --name=* | --zone=* | --project=* | --type=* | --version=* | --repository=* | --tries=*)
+    --name=* | --zone=* | --project=* | --type=* | --version=* | --repository=* | --tries=* | --bucket=*)
       option=${1%%=*}
       printf -v "${option#--}" '%s' "${1#*=}"
       ;;
@@ -43,8 +45,8 @@ for needed in name zone project type; do
 done
 (($#)) || die 'nothing for main.py: give its arguments behind --'
 [[ $tries =~ ^[1-9][0-9]*$ ]] || die "--tries=$tries is no number of tries"
-if [[ " $* " != *' --workdir=gs://'* ]]; then
-  echo 'warning: no --workdir=gs://...: what workers write to their own disks is lost with them' >&2
+if [[ " $* " != *' --workdir=/mnt/'* ]]; then
+  echo 'warning: no --workdir=/mnt/...: what workers write to their own disks is lost with them' >&2
 fi
 repository=${repository:-$(git -C "$(dirname "$0")" config --get remote.origin.url || true)}
 [[ -n $repository ]] || die 'the project has no remote: give its --repository'
@@ -82,7 +84,12 @@ prepare() {
 
 install() {
   on_all_workers "test -d vision_attention || git clone $(printf %q "$repository") vision_attention; \
-cd vision_attention && python3 -m venv .venv && .venv/bin/pip install --quiet -e . 'jax[tpu]'"
+cd vision_attention && python3 -m venv .venv && .venv/bin/pip install --quiet -e . 'jax[tpu]'" || return 1
+  if [[ -n $bucket ]]; then
+    # Images of TPU VMs carry gcsfuse; the folder is the user's, and a mounted one is left alone.
+    on_all_workers "sudo install -d -o \$USER /mnt/$bucket && \
+(mountpoint -q /mnt/$bucket || gcsfuse --implicit-dirs $bucket /mnt/$bucket)"
+  fi
 }
 
 arguments=$(printf '%q ' "$@")

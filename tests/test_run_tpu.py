@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.fast
 SCRIPT = pathlib.Path(__file__).parents[1] / 'scripts' / 'run_tpu.sh'
 WHERE = ('--name=pod', '--zone=us-central2-b', '--project=lab', '--type=v4-128')
-RUN = ('--', '--config=configs/coatnet0.py', '--workdir=gs://b/run 1')
+RUN = ('--', '--config=configs/coatnet0.py', '--workdir=/mnt/b/run 1')
 # Answers `describe` from a file of states and `ssh ... main.py` from a file of exit codes.
 GCLOUD = """#!/bin/bash
 echo "$(printf '%q ' "$@")" >> "$HERE/calls"
@@ -63,7 +63,7 @@ def test_a_preempted_slice_is_made_anew_and_the_run_goes_on(tmp_path):
   create = next(call for call in calls if call[3] == 'create')
   assert {'--accelerator-type=v4-128', '--spot'} <= set(create)
   inside = calls[-2][-1].removeprefix('--command=')
-  assert shlex.split(inside)[-2:] == ['--config=configs/coatnet0.py', '--workdir=gs://b/run 1']
+  assert shlex.split(inside)[-2:] == ['--config=configs/coatnet0.py', '--workdir=/mnt/b/run 1']
   assert all('--worker=all' in call for call in calls if call[3] == 'ssh')
   assert 'try 1 of 100 ended with 143' in done.stderr
 
@@ -83,16 +83,17 @@ def test_what_main_refuses_is_not_tried_again(tmp_path):
 
 
 def test_a_dry_run_prints_and_calls_nothing(tmp_path):
-  done, calls = _script(tmp_path, *WHERE, '--repository=x', '--dry_run', '--keep', *RUN)
+  done, calls = _script(
+    tmp_path, *WHERE, '--repository=x', '--dry_run', '--keep', '--bucket=b', *RUN
+  )
   assert done.returncode == 0, done.stderr
   assert calls == []
+  assert 'warning' not in done.stderr
   lines = [shlex.split(line) for line in done.stdout.splitlines()]
   assert _kinds([line[1:] for line in lines if len(line) > 4]) == [
-    'delete',
-    'create',
-    'ssh',
-    'main',
+    *('delete', 'create', 'ssh', 'ssh', 'main')
   ]
+  assert 'gcsfuse --implicit-dirs b /mnt/b' in lines[3][-1]
 
 
 @pytest.mark.parametrize(

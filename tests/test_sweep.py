@@ -284,7 +284,7 @@ def test_ranges_that_cannot_be_drawn_from_are_refused(text, message):
 
 
 def test_lines_for_a_tpu_vm_run_the_job_there(capsys):
-  arguments = ['--config', CONFIG, '--workdir', 'gs://b/x', '--grid', 'a.b=(1, 2),(3, 4)']
+  arguments = ['--config', CONFIG, '--workdir', '/mnt/b/x', '--grid', 'a.b=(1, 2),(3, 4)']
   assert sweep.main([*arguments, '--gcloud=pod', '--zone=us-central2-b', '--project=lab']) == 0
   lines = capsys.readouterr().out.splitlines()[1:]
   assert len(lines) == 2

@@ -184,6 +184,10 @@ def jobs(
   Raises:
     ValueError: if two of them would get the same folder.
   """
+  if ':/' in str(workdir):
+    raise ValueError(
+      f'--workdir {workdir} is no folder: mount the bucket and name the folder there'
+    )
   made = []
   for mine in values:
     arguments = [f'{key}={value}' for key, value in mine.items() if '.' not in key]

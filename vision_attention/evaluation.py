@@ -19,6 +19,7 @@ from vision_attention.training import evaluate, few_shot, mixing, sharding, stat
 
 logger = logging.getLogger('vision_attention')
 _TIMED = 10
+_SEEDS = 3
 
 
 class Evaluator:
@@ -216,14 +217,18 @@ class _Probe:
       raise ValueError(f'{name} has no splits train and test or validation: it has {there}')
     self._train, self._test = (source.Source(name, s, data_dir) for s in ('train', split))
     labels = [self._train[i].label for i in range(len(self._train))]
-    self._chosen = {k: few_shot.choose(labels, k, config.seed) for k in config.eval.shots}
+    self._chosen = {
+      shots: [few_shot.choose(labels, shots, seed) for seed in range(_SEEDS)]
+      for shots in config.eval.shots
+    }
 
   def __call__(self, variables: Any) -> dict[int, float]:
-    """Returns the accuracy in percent by the number of images per class."""
+    """Returns the accuracy in percent by the number of images per class, the mean of three draws."""
     test = self._features(variables, self._test, range(len(self._test)))
     found = {}
-    for shots, chosen in self._chosen.items():
-      found[shots] = few_shot.accuracy(*self._features(variables, self._train, chosen), *test)
+    for shots, draws in self._chosen.items():
+      learnt = [self._features(variables, self._train, chosen) for chosen in draws]
+      found[shots] = statistics.fmean(few_shot.accuracy(*each, *test) for each in learnt)
     return found
 
   def _features(
