@@ -30,6 +30,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     raise ValueError(f'the code has no recipe for {args.variant!r}: it has {", ".join(_DROP_PATH)}')
   common.use_data(config, args.data)
   common.deit_augmentation(config)
+  # As the code of Swin does, from which this one comes (unverified).
+  config.erasing.after_mixing = False
   config.data.eval_ops = ('center_crop({size}, ratio=0.875)',)
   config.model.options = {'drop_path': _DROP_PATH[args.variant]}
   config.total = '300 epochs'

@@ -68,6 +68,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     return _local(config, args.data)
   common.use_data(config, args.data)
   common.deit_augmentation(config)
+  # The code erases as it loads an image.
+  config.erasing.after_mixing = False
   pretrained = common.pretrained(args)
   config.image_size = args.size or (384 if args.init and pretrained == '1k' else 224)
   whole = config.image_size >= 384

@@ -54,6 +54,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     return _local(config, args.data)
   common.use_data(config, args.data)
   common.deit_augmentation(config)
+  # The code erases as it loads an image.
+  config.erasing.after_mixing = False
   large = args.variant.endswith('_img384') or (args.init and args.variant.endswith('_7x7'))
   config.image_size = args.size or (384 if large else 224)
   whole = config.image_size >= 384

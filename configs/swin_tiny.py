@@ -43,6 +43,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     return _local(config, args.data)
   common.use_data(config, args.data)
   common.deit_augmentation(config)
+  # The code erases as it loads an image.
+  config.erasing.after_mixing = False
   config.image_size = args.size or (384 if args.variant.endswith('_w12') else 224)
   # At more than 224 pixels the whole image is resized.
   whole = config.image_size > 224
