@@ -49,6 +49,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   large = size in ('large', 'huge')
   common.use_data(config, args.data)
   common.deit_augmentation(config)
+  config.erasing.after_mixing = False  # the code erases as it loads an image
   # timm's `n6`, layers of RandAugment.
   config.data.train_ops = (
     *config.data.train_ops[:2],

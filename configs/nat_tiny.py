@@ -64,9 +64,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   common.use_data(config, args.data)
   common.deit_augmentation(config, interpolation='random')
   config.image_size = args.size or (384 if '_384' in args.variant else 224)
-  # At more than 224 pixels the whole image is resized.
-  whole = config.image_size > 224
-  config.data.eval_ops = ('resize({size})' if whole else 'center_crop({size}, ratio=0.875)',)
+  # At more than 224 pixels the smaller side is resized to all of them.
+  ratio = 1.0 if config.image_size > 224 else 0.875
+  config.data.eval_ops = (f'center_crop({{size}}, ratio={ratio})',)
   config.optimizer.name = 'adamw'
   config.optimizer.clip_norm = 5.0
   config.optimizer.weight_decay_mask = ('/kernel$', '/relative_position$')

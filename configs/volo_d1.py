@@ -71,8 +71,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.teacher.path = args.teacher
     config.teacher.source = args.teacher_source
   config.image_size = args.size or (fine_size if args.init else 224)
-  whole = config.image_size > 224
-  config.data.eval_ops = ('resize({size})' if whole else 'center_crop({size}, ratio=0.96)',)
+  ratio = 1.0 if config.image_size > 224 else 0.96
+  config.data.eval_ops = (f'center_crop({{size}}, ratio={ratio})',)
   config.optimizer.name = 'adamw'
   # Neither biases nor norms nor positions nor the class token decay.
   config.optimizer.weight_decay_mask = ('/kernel$',)

@@ -364,6 +364,6 @@ def test_recipes_are_those_of_the_code():
   assert (tuned.image_size, tuned.total, tuned.batch_size) == (384, '30 epochs', 512)
   assert (tuned.optimizer.learning_rate, tuned.optimizer.weight_decay) == (5e-5, 1e-10)
   assert tuned.mixing.mixup_alpha == 0
-  assert tuned.data.eval_ops == ('resize({size})',)
+  assert tuned.data.eval_ops == ('center_crop({size}, ratio=1.0)',)
   with pytest.raises(ValueError, match="no recipe of training from scratch for 'dinat_large'"):
     nat_tiny.get_config('variant=dinat_large')
