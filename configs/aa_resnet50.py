@@ -1,8 +1,9 @@
-"""AA-ResNet and AA-Wide-ResNet (arXiv 1904.09925) by the recipes of its appendix.
+"""AA-ResNet, AA-Wide-ResNet, AA-MnasNet (arXiv 1904.09925) by the recipes of its appendix.
 
   python main.py --config=configs/aa_resnet50.py
   python main.py --config=configs/aa_resnet50.py:variant=aa_resnet_101
   python main.py --config=configs/aa_resnet50.py:variant=aa_wide_resnet_28_10,data=cifar100
+  python main.py --config=configs/aa_resnet50.py:variant=aa_mnasnet
   python main.py --config=configs/aa_resnet50.py:local --workdir=runs/digits
 
 Arguments: `variant`; `data`; `batch`; `local`.
@@ -31,17 +32,14 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.model.name = args.variant
   if args.local:
     return _local(config, args)
-  if args.variant == 'aa_mnasnet':
-    raise ValueError(
-      "config argument variant='aa_mnasnet' has no recipe: it is trained with RMSProp, which "
-      'config.optimizer does not have'
-    )
   common.use_data(config, args.data)
   config.optimizer.name = 'sgd'
   config.optimizer.momentum = 0.9
   config.optimizer.weight_decay_mask = _DECAYED
   if args.variant.startswith('aa_wide'):
     return _cifar(config, args.batch or 256)
+  if args.variant == 'aa_mnasnet':
+    return _mnasnet(config, args.batch or 1024)
   # The paper takes the largest batch that fits, of 32 to 256 for each of 8 workers.
   config.batch_size = args.batch or 1024
   config.total = '100 epochs'
@@ -70,6 +68,33 @@ def _cifar(config: ml_collections.ConfigDict, batch: int) -> ml_collections.Conf
   config.data.mean = (0.507, 0.487, 0.441)
   config.data.std = (1.0, 1.0, 1.0)  # the mean only
   config.eval.every = '10 epochs'
+  return config
+
+
+def _mnasnet(config: ml_collections.ConfigDict, batch: int) -> ml_collections.ConfigDict:
+  """MnasNet's recipe (github.com/tensorflow/tpu), from half its rate to the same last one."""
+  config.batch_size = batch
+  config.total = '350 epochs'
+  config.model.options = {'dropout': 0.2}
+  config.optimizer.name = 'rmsprop'
+  config.optimizer.learning_rate = 0.5 * 0.016 * batch / 256
+  config.optimizer.b2 = 0.9
+  config.optimizer.epsilon = 1e-3
+  config.optimizer.weight_decay = 1e-5
+  config.optimizer.weight_decay_mask = (*_DECAYED, '(squeeze|excite)/bias$')
+  config.schedule.kind = 'step'
+  config.schedule.warmup = '5 epochs'
+  config.schedule.warmup_prefix = False
+  # By 0.97 every 2.4 epochs, 145 times; from half the rate, by a little less.
+  drops = 145
+  config.schedule.boundaries = tuple(f'{2.4 * (i + 1):.1f} epochs' for i in range(drops))
+  config.schedule.factor = 0.97 * 2 ** (1 / drops)
+  config.loss.label_smoothing = 0.1
+  config.ema.decay = 0.9999
+  config.ema.warmup = True
+  config.data.train_ops = ('random_resized_crop({size}, area=(0.08, 1.0))', 'flip()')
+  config.data.eval_ops = ('center_crop({size}, ratio=0.875)',)
+  config.eval.every = '5 epochs'
   return config
 
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import vision_attention as va
 from configs import aa_resnet50, ea_aa_resnet50
 from tests import abstract, golden
+from vision_attention import planning
 from vision_attention.attention import augmented
 from vision_attention.models import aa_mnasnet, aa_resnet, aa_wide_resnet, transfer, tree
 from vision_attention.ops import relative_logits, resize
-from vision_attention.training import optimizer
+from vision_attention.training import optimizer, schedule
 
 
 def _map(*shape, seed=0):
@@ -339,9 +340,23 @@ def test_recipes_decay_everything_but_batch_norm(name):
   assert sum('offsets' in path for path in decays) == 6
 
 
+def test_aa_mnasnet_ends_at_the_rate_of_its_baseline():
+  config = aa_resnet50.get_config('variant=aa_mnasnet')
+  plan = planning.prepare(config, with_data=False)
+  factor = schedule.relative(
+    config.schedule,
+    total=plan.total,
+    to_steps=lambda text: schedule.steps(text, num_examples=1_281_167, batch_size=1024),
+  )
+  last = config.optimizer.learning_rate * float(factor(plan.total - 1))
+  assert last == pytest.approx(0.064 * 0.97**145, rel=1e-4)
+  decays = tree.flatten(
+    optimizer.matches(plan.shapes[0].params, config.optimizer.weight_decay_mask)
+  )
+  assert all(decayed == ('norm' not in path) for path, decayed in decays.items())
+
+
 def test_recipes_that_are_not_there_are_refused():
-  with pytest.raises(ValueError, match='trained with RMSProp'):
-    aa_resnet50.get_config('variant=aa_mnasnet')
   for config, arg in ((aa_resnet50, 'local,batch=8'), (ea_aa_resnet50, 'local,batch=8')):
     with pytest.raises(ValueError, match='local is a model and recipe of its own'):
       config.get_config(arg)

@@ -225,7 +225,8 @@ def test_every_recipe_takes_a_step(name, arg):
     ('variant', "'variant' needs a value"),
     ('local=maybe', "local='maybe' is not a bool"),
     ('variant=coatnet_7', "Table 10 has no training on ImageNet-1k for 'coatnet_7'"),
-    ('size=384,pretrained=jft', "pretrained='jft' must be 1k or 21k"),
+    ('size=384,pretrained=jtf', "pretrained='jtf' must be 1k or 21k or jft"),
+    ('augment', 'augment goes with coatnet_4'),
     ('local,size=64', 'local is a model and recipe of its own'),
   ],
 )

@@ -165,3 +165,23 @@ def test_multipliers_take_the_first_pattern_that_is_found():
 def test_refusals(changes, message):
   with pytest.raises(ValueError, match=message):
     optimizer.make(_config(**changes), lambda step: 1.0, PARAMS)
+
+
+def test_rmsprop_is_tensorflows_for_steps_of_changing_rate():
+  """Squares from one, epsilon in the root, the rate inside the momentum, decay in the gradient."""
+  rho, momentum, eps, decay, rates = 0.9, 0.8, 1e-3, 0.1, (1.0, 0.5, 0.125)
+  config = _config(name='rmsprop', b2=rho, momentum=momentum, epsilon=eps, weight_decay=decay)
+  tx = optimizer.make(config, lambda step: jnp.asarray(rates)[step], PARAMS)
+  params, state = PARAMS, tx.init(PARAMS)
+  for _ in rates:
+    updates, state = tx.update(GRADS, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  for pick, wd in ((_kernel, decay), (_bias, 0.0)):
+    w = pick(PARAMS)
+    squares, moved = np.ones_like(w), np.zeros_like(w)
+    for rate in rates:
+      g = pick(GRADS) + wd * w
+      squares = rho * squares + (1 - rho) * g * g
+      moved = momentum * moved + LR * rate * g / np.sqrt(squares + eps)
+      w = w - moved
+    np.testing.assert_allclose(pick(params), w, rtol=1e-5)

@@ -17,18 +17,12 @@ CONFIGS = pathlib.Path(common.__file__).parent
 NO_SYSTEM = {'__init__', 'common', 'skin_lesions'}
 # Configs whose tables are not written yet; a table takes its config out of here.
 PENDING = {
-  'aa_resnet50',
-  'acmix_resnet50',
   'attention_modules',
   'botnet_t3',
-  'coatnet0',
   'conv_attention_quadratic',
-  'ea_aa_resnet50',
   'gc_resnet50',
   'halonet_h0',
-  'lesa_resnet50',
   'resnet50',
-  'sasa_resnet50',
   'vit_s16',
 }
 # What every table has to say of every setting.

@@ -1,7 +1,8 @@
 """Optimizers from config, with regular expressions for what decays and how fast it learns.
 
-Reads of `config.optimizer`: `name` (`adamw`, `sgd`, `lamb`, `adafactor`), `learning_rate` (peak),
-`b1`, `b2`, `epsilon`, `momentum`, `nesterov`, `momentum_dtype`, `weight_decay`, `weight_decay_mask`
+Reads of `config.optimizer`: `name` (`adamw`, `sgd`, `lamb`, `adafactor`, `rmsprop`),
+`learning_rate` (peak), `b1`, `b2` (`rmsprop`: of the squares), `epsilon`, `momentum`, `nesterov`,
+`momentum_dtype`, `weight_decay`, `weight_decay_mask`
 (patterns of parameters that decay), `weight_decay_times_lr` (whether decay is multiplied by the
 peak learning rate too, or by the schedule alone), `lr_multipliers` (pairs of pattern and factor; 0
 freezes), `clip_norm` (global), `clip_adaptive` (AGC, arXiv 2102.06171). Zero switches off. Factors
@@ -18,7 +19,7 @@ import optax
 
 from vision_attention import errors
 
-NAMES = ('adamw', 'sgd', 'lamb', 'adafactor')
+NAMES = ('adamw', 'sgd', 'lamb', 'adafactor', 'rmsprop')
 
 
 def path_of(key_path: Sequence[Any]) -> str:
@@ -72,6 +73,12 @@ def _direction(config: Any, decay: optax.GradientTransformation) -> list[Any]:
   if config.name == 'sgd':
     # Coupled L2: the decay goes through the momentum, as a loss term would.
     return [decay, optax.trace(config.momentum, config.nesterov, accumulator_dtype=dtype)]
+  if config.name == 'rmsprop':
+    # TensorFlow's: epsilon within the root, squares that begin at one. Its momentum is in `make`.
+    rms = optax.scale_by_rms(
+      config.b2, config.epsilon, initial_scale=1.0, eps_in_sqrt=True, bias_correction=False
+    )
+    return [decay, rms]
   return [
     optax.scale_by_factored_rms(
       decay_rate=0.8, decay_rate_fn=_capped_decay, min_dim_size_to_factor=32
@@ -107,7 +114,7 @@ def make(
     chain.append(optax.clip_by_global_norm(config.clip_norm))
   if config.clip_adaptive:
     chain.append(optax.adaptive_grad_clip(config.clip_adaptive))
-  if config.weight_decay_times_lr or config.name == 'sgd':
+  if config.weight_decay_times_lr or config.name in ('sgd', 'rmsprop'):
     chain += [*_direction(config, decay), optax.scale(config.learning_rate)]
   elif config.name == 'lamb':
     raise ValueError('lamb needs weight_decay_times_lr=True: its trust ratio contains the decay')
@@ -118,4 +125,9 @@ def make(
   if factors is not None:
     multiply = lambda updates, _: jax.tree.map(lambda x, f: x * f, updates, factors)
     chain.append(optax.stateless(multiply))
-  return optax.chain(*chain, optax.scale_by_schedule(factor), optax.scale(-1.0))
+  chain.append(optax.scale_by_schedule(factor))
+  if config.name == 'rmsprop':
+    # TensorFlow's momentum is of updates, learning rate and all: a change of rate sinks in slowly.
+    dtype = jnp.dtype(config.momentum_dtype)
+    chain.append(optax.trace(config.momentum, config.nesterov, accumulator_dtype=dtype))
+  return optax.chain(*chain, optax.scale(-1.0))
