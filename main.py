@@ -1,5 +1,6 @@
 """Trains, evaluates or describes a run: `python main.py --config=configs/coatnet0.py`."""
 
+import functools
 import logging
 import os
 import pathlib
@@ -50,18 +51,25 @@ def main(argv: list[str]) -> None:
   logger.addHandler(handler)
   logger.setLevel(logging.DEBUG if FLAGS.verbosity > 0 else logging.INFO)
   logger.propagate = False
-  sharding.join_processes()
   config = FLAGS.config
+  mesh = config.mesh
+  errors.run(lambda: sharding.join_processes(mesh.join_seconds, mesh.heartbeat_seconds))
   if config.compile_cache and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(config.compile_cache))
   name = pathlib.Path(config_flags.get_config_filename(FLAGS['config']).partition(':')[0]).stem
+  if '://' in (FLAGS.workdir or ''):
+    errors.refuse(
+      f'--workdir={FLAGS.workdir} is no folder: mount the bucket, as by gcsfuse, and name the '
+      'folder there'
+    )
   workdir = pathlib.Path(FLAGS.workdir or pathlib.Path('runs') / name)
   if FLAGS.mode == 'dry_run':
     errors.run(lambda: train.dry_run(config))
   elif FLAGS.mode == 'eval':
     errors.run(lambda: evaluation.evaluate_only(config, workdir))
   else:
-    errors.run(lambda: train.train_and_evaluate(config, workdir))
+    job = functools.partial(train.train_and_evaluate, config, workdir)
+    errors.run(lambda: sharding.end_if_others_are_lost(job))
 
 
 if __name__ == '__main__':

@@ -54,9 +54,9 @@ class Launcher:
     self._process.stdin.flush()
     return json.loads(self._process.stdout.readline())
 
-  def start(self, config: Any, workdir: pathlib.Path, **more: Any) -> 'Run':
-    """Begins a run of a config; see `_child` for what more there is."""
-    log = workdir.with_name(f'{workdir.name}.log')
+  def start(self, config: Any, workdir: pathlib.Path, index: int = 0, **more: Any) -> 'Run':
+    """Begins a run of a config, or its process `index`; see `_child` for what more there is."""
+    log = workdir.with_name(f'{workdir.name}{index or ""}.log')
     run = Run(self, 0, workdir, log)
     run.pid = self.ask(config=config.to_dict(), workdir=str(workdir), log=str(log), **more)
     return run
@@ -126,13 +126,16 @@ def _child(request: dict[str, Any]) -> None:
   `patch` names a function of `tests.faults` that breaks something first; `environment` sets
   variables.
   """
+  import functools
   import logging
 
+  import jax
   import ml_collections
 
   import train
   from tests import faults
   from vision_attention import errors
+  from vision_attention.training import sharding
 
   file = os.open(request['log'], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(file, 1)
@@ -145,7 +148,12 @@ def _child(request: dict[str, Any]) -> None:
   config = ml_collections.ConfigDict(_tuples(request['config']))
   if request.get('patch'):
     getattr(faults, request['patch'])()
-  errors.run(lambda: train.train_and_evaluate(config, pathlib.Path(request['workdir'])))
+  mesh = config.mesh
+  errors.run(lambda: sharding.join_processes(mesh.join_seconds, mesh.heartbeat_seconds))
+  job = functools.partial(train.train_and_evaluate, config, pathlib.Path(request['workdir']))
+  errors.run(lambda: sharding.end_if_others_are_lost(job))
+  if request.get('environment', {}).get('JAX_COORDINATOR_ADDRESS'):
+    jax.distributed.shutdown()
 
 
 def _serve() -> None:

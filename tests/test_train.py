@@ -1,13 +1,9 @@
 """The training step and the loop: accumulation, meshes, averages, stops, fine-tuning."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -268,52 +264,3 @@ def test_progressive_sizes_are_checked(data_dir):
   options = {'model.options.layout': 'CCCC'}
   with pytest.raises(ValueError, match='takes 12 of 12 steps'):
     planning.prepare(_loop(data_dir, progressive=(('12 steps', 16),), **options))
-
-
-_MESHES = """
-  import os, sys
-  sys.path.insert(0, 'tests')
-  import jax, numpy as np
-  import test_train as t
-  from vision_attention.training import sharding
-  assert jax.device_count() == 4
-  sharding.MIN_SIZE = 64
-  make_mesh = sharding.make_mesh
-  sharding.make_mesh = lambda data, fsdp, devices: make_mesh(1, 1, jax.devices()[:1])
-  # No Adam: it divides by the gradient's size, and magnifies the rounding of other sums.
-  options = {'optimizer.name': 'sgd', 'optimizer.learning_rate': 0.1}
-  one, _ = t._run(t._coatnet(**options))
-  sharding.make_mesh = make_mesh
-  for data, fsdp in ((4, 1), (2, 2)):
-    got, _ = t._run(t._coatnet(**{'mesh.data': data, 'mesh.fsdp': fsdp, **options}))
-    split = [x for x in jax.tree.leaves(got.params) if not x.is_fully_replicated]
-    assert bool(split) == (fsdp > 1), (data, fsdp)
-    assert all(s.data.size * fsdp == x.size for x in split for s in x.addressable_shards)
-    for key in ('params', 'batch_stats', 'ema_params', 'ema_batch_stats'):
-      t._assert_close(getattr(got, key), getattr(one, key), rtol=1e-3, atol=1e-5)
-    print(data, fsdp, len(split), 'split')
-  rules = (('classifier/kernel', ('fsdp', None)), ('stage', (None,)))
-  options |= {'mesh.data': 1, 'mesh.fsdp': 4, 'sharding_rules': rules}
-  got, _ = t._run(t._coatnet(**options))
-  assert got.params['head']['classifier']['kernel'].addressable_shards[0].data.shape == (4, 10)
-  stage = jax.tree.leaves(got.params['backbone']['stage1'])
-  assert all(x.is_fully_replicated for x in stage)
-  t._assert_close(got.params, one.params, rtol=1e-3, atol=1e-5)
-"""
-
-
-@pytest.mark.slow
-def test_every_mesh_computes_the_same():
-  """BatchNorm included: its statistics are those of the global batch."""
-  done = subprocess.run(
-    [sys.executable, '-c', textwrap.dedent(_MESHES)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    env=os.environ
-    | {
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    },
-  )
-  assert done.returncode == 0, done.stderr[-3000:]

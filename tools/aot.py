@@ -27,6 +27,7 @@ config_flags.DEFINE_config_file('config', None, 'Config file, with arguments aft
 flags.DEFINE_string('topology', 'v4:2x2x1', 'Chip and shape.')
 flags.DEFINE_integer('batch_per_device', 0, "Images per device; 0 for the config's batch.")
 flags.DEFINE_string('options', '', 'Options of the model, as a Python dict.')
+flags.DEFINE_integer('tensor', 0, "Devices that share heads and widths; 0 for the config's.")
 flags.DEFINE_bool('fit', False, 'Search the largest batch per device.')
 flags.DEFINE_bool('row', False, 'Print one row of a Markdown table.')
 flags.mark_flag_as_required('config')
@@ -78,6 +79,8 @@ def main(argv: list[str]) -> None:
   if FLAGS.options:
     with config.unlocked():
       config.model.options.update(ast.literal_eval(FLAGS.options))
+  if FLAGS.tensor:
+    config.mesh.tensor = FLAGS.tensor
   try:
     if FLAGS.fit:
       report = _fit(config)

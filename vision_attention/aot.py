@@ -38,7 +38,7 @@ class Report:
 
   Attributes:
     devices: number of devices.
-    batch: images per device.
+    batch: images per device; those along `tensor` share them.
     arguments: bytes of state and batch.
     outputs: bytes of the results, of which `aliased` lie where arguments lay.
     aliased: see there.
@@ -106,7 +106,7 @@ def compile_step(config: Any, topology: str, batch_per_device: int | None = None
   found = devices(topology)
   config = ml_collections.ConfigDict(config.copy_and_resolve_references())
   if batch_per_device is not None:
-    config.batch_size = batch_per_device * len(found)
+    config.batch_size = batch_per_device * (len(found) // max(config.mesh.tensor, 1))
     config.eval.batch_size = 0
   # How often a run writes is no part of its step.
   config.log_every = config.eval.every = config.checkpoint.every = '1 steps'
@@ -151,7 +151,7 @@ def compile_step(config: Any, topology: str, batch_per_device: int | None = None
   assert text is not None
   return Report(
     devices=len(found),
-    batch=batch // len(found),
+    batch=batch // sharding.batch_devices(plan.mesh),
     arguments=memory.argument_size_in_bytes,
     outputs=memory.output_size_in_bytes,
     aliased=memory.alias_size_in_bytes,
@@ -179,6 +179,7 @@ def ways_to_fit(config: Any, count: int) -> list[tuple[str, Any]]:
     with changed.unlocked():
       changed.model.options.remat = True
     ways.append(('with remat', changed))
+  count //= config.mesh.tensor
   if config.mesh.fsdp != count:
     split = ml_collections.ConfigDict(changed.copy_and_resolve_references())
     with split.unlocked():

@@ -223,7 +223,7 @@ class _Probe:
     }
 
   def __call__(self, variables: Any) -> dict[int, float]:
-    """Returns the accuracy in percent by the number of images per class, the mean of three draws."""
+    """Returns the accuracy in percent, the mean of three draws, by the images per class."""
     test = self._features(variables, self._test, range(len(self._test)))
     found = {}
     for shots, draws in self._chosen.items():

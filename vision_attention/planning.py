@@ -105,17 +105,18 @@ def prepare(config: Any, *, with_data: bool = True, devices: Sequence[Any] | Non
   if with_data and config.loss.class_weights != 'none':
     # Known to who has the data; a dry run can do without.
     weights = losses.class_weights(config.loss.class_weights, pipeline.class_counts(config.data))
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-  share = mesh.size * config.accumulate
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+  parts = sharding.batch_devices(mesh)
+  share = parts * config.accumulate
   config.eval.batch_size = config.eval.batch_size or config.batch_size
   for key, value, unit in (
     ('batch_size', config.batch_size, share),
-    ('eval.batch_size', config.eval.batch_size, mesh.size),
+    ('eval.batch_size', config.eval.batch_size, parts),
   ):
     if value < 1 or value % unit:
       raise ValueError(
-        f'config.{key} {value} is not a multiple of {unit} ({mesh.size} devices'
-        f'{f" x {config.accumulate} micro-batches" if unit != mesh.size else ""}): the nearest are '
+        f'config.{key} {value} is not a multiple of {unit} ({parts} devices'
+        f'{f" x {config.accumulate} micro-batches" if unit != parts else ""}): the nearest are '
         f'{value // unit * unit or unit} and {(value // unit + 1) * unit}'
       )
   to_steps = functools.partial(
@@ -245,8 +246,8 @@ def _teacher(config: Any, with_data: bool) -> base.Classifier | None:
 
 def _check_values(config: Any) -> None:
   """Refuses single values that nothing later would name."""
-  errors.check_choice('config.loss.kind', config.loss.kind, losses.KINDS)
   tracking.check(config.wandb)
+  errors.check_choice('config.loss.kind', config.loss.kind, losses.KINDS)
   errors.check_choice('config.loss.class_weights', config.loss.class_weights, losses.CLASS_WEIGHTS)
   best = ('top1', 'top5', *(per_class.MEANS if config.eval.per_class else ()))
   if config.eval.best_by in per_class.MEANS and not config.eval.per_class:
@@ -274,6 +275,9 @@ def _check_values(config: Any) -> None:
     )
   for key, value, low, high in (
     ('accumulate', config.accumulate, 1, math.inf),
+    ('mesh.tensor', config.mesh.tensor, 1, math.inf),
+    ('mesh.join_seconds', config.mesh.join_seconds, 1, math.inf),
+    ('mesh.heartbeat_seconds', config.mesh.heartbeat_seconds, 2, math.inf),
     ('ema.decay', config.ema.decay, 0, 1),
     ('loss.label_smoothing', config.loss.label_smoothing, 0, 1),
     ('loss.focal_gamma', config.loss.focal_gamma, 0, math.inf),
@@ -306,7 +310,7 @@ def describe(plan: Plan) -> None:
   count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
   multiply_adds = macs.count_macs(plan.model, image_size=plan.info.image_size)
   held = sharding.bytes_per_device(shapes, places)
-  per_device = config.batch_size // plan.mesh.size
+  per_device = config.batch_size // sharding.batch_devices(plan.mesh)
   print(f'model         {config.model.name}, {config.image_size} pixels, {config.model.dtype}')
   print(f'parameters    {count:,}')
   print(f'multiply-adds {multiply_adds / 1e9:.3f} G per image, forward')

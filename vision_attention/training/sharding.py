@@ -1,70 +1,183 @@
-"""Devices as a mesh of `data` and `fsdp`, and where each array lies on it."""
+"""Devices as a mesh of `data`, `fsdp` and `tensor`, and where each array lies on it."""
 
 import logging
 import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vision_attention.training import optimizer
+from vision_attention.training import optimizer, rendezvous
 
 logger = logging.getLogger('vision_attention')
-AXES = ('data', 'fsdp')
+AXES = ('data', 'fsdp', 'tensor')
+BATCH_AXES = ('data', 'fsdp')
+# Which axis of an array `tensor` splits, by path, from the end: the heads of attention and the
+# width of MLPs, so that a block's only sums over devices are those after its last projections.
+TENSOR_RULES = (
+  (r'/(query|key|value)/(kernel|bias)$', -1),
+  (r'/attn/proj/kernel$', -2),
+  (r'/mlp/expand/(kernel|bias)$', -1),
+  (r'/mlp/project/kernel$', -2),
+)
 # Smaller arrays are not worth the messages that gather them.
 MIN_SIZE = 2**14
+# How a process ends that has lost another one (EX_UNAVAILABLE), and what is said of it below.
+LOST = 69
+_LOST = 'gloo|connection|coordination|heartbeat|barrier|unavailable|deadline|peer|socket'
+_VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
 
-def join_processes() -> None:
+def join_processes(join_seconds: int = 180, heartbeat_seconds: int = 60) -> None:
   """Joins the processes of a TPU slice, of srun or mpirun; one process alone needs nothing.
 
   Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call it before any
   array is made.
+
+  Args:
+    join_seconds: how long processes wait for each other.
+    heartbeat_seconds: a process silent for so long is lost, which ends the others.
+
+  Raises:
+    ValueError: if the variables say nothing, or not the same, or the devices form no slice.
+    TimeoutError: if not all processes came in time.
   """
   env = os.environ
   on_tpu = any(pathlib.Path('/dev').glob('accel[0-9]*')) or any(
     pathlib.Path('/dev/vfio').glob('[0-9]*')
   )
-  if 'JAX_COORDINATOR_ADDRESS' in env:
-    jax.distributed.initialize(
-      num_processes=int(env['JAX_NUM_PROCESSES']), process_id=int(env['JAX_PROCESS_ID'])
-    )
+  limits: dict[str, Any] = {
+    'initialization_timeout': join_seconds,
+    'heartbeat_timeout_seconds': heartbeat_seconds,
+  }
+  if found := coordinator(env):
+    address, count, index = found
+    if count == 1:
+      return
+    rendezvous.meet(address, count, index, join_seconds)
+    jax.distributed.initialize(address, count, index, **limits)
+    check_joined(count, jax.process_count())
   elif int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1 or int(env.get('OMPI_COMM_WORLD_SIZE', 1)) > 1:
-    jax.distributed.initialize()
+    jax.distributed.initialize(**limits)
+    count = int(env.get('SLURM_STEP_NUM_TASKS') or env['OMPI_COMM_WORLD_SIZE'])
+    check_joined(count, jax.process_count())
   elif on_tpu and env.get('JAX_PLATFORMS', 'tpu') != 'cpu':
     try:
-      jax.distributed.initialize()
+      jax.distributed.initialize(**limits)
     except ValueError:
       logger.warning('this TPU belongs to no slice that names its workers: it is used alone')
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
-  """Makes the mesh; an axis of -1 takes what the other leaves.
+def coordinator(env: Mapping[str, str]) -> tuple[str, int, int] | None:
+  """Returns address, number of processes and which this is, or None where nothing says so.
 
   Raises:
-    ValueError: if the axes do not multiply to the number of devices.
+    ValueError: if one of the three variables is missing or out of range.
+  """
+  missing = [name for name in _VARIABLES if not env.get(name)]
+  if len(missing) == len(_VARIABLES):
+    return None
+  if missing:
+    raise ValueError(
+      f'{", ".join(missing)} is not set: set all of {", ".join(_VARIABLES)}, or none'
+    )
+  address, *numbers = (env[name] for name in _VARIABLES)
+  match = re.fullmatch(r'\S+:(\d{1,5})', address)
+  if not match or not 0 < int(match[1]) < 2**16:
+    raise ValueError(f'JAX_COORDINATOR_ADDRESS {address!r} does not read like host:port')
+  for name, text in zip(_VARIABLES[1:], numbers, strict=True):
+    if not text.isdecimal():
+      raise ValueError(f'{name} {text!r} is no whole number')
+  count, index = map(int, numbers)
+  if count < 1:
+    raise ValueError(f'JAX_NUM_PROCESSES {count} is not at least 1')
+  if index >= count:
+    raise ValueError(
+      f'JAX_PROCESS_ID {index} is not between 0 and {count - 1}, as JAX_NUM_PROCESSES {count} says'
+    )
+  return address, count, index
+
+
+def check_joined(count: int, found: int) -> None:
+  """Refuses processes that have met but whose devices do not see each other.
+
+  Raises:
+    ValueError: if so.
+  """
+  if found != count:
+    raise ValueError(
+      f'{count} processes have met, but their devices see {found}: TPU VMs that were made one by '
+      'one cannot be joined to a slice. Create one slice (such as v4-16) and start the run on all '
+      'its workers, or train on one VM without JAX_COORDINATOR_ADDRESS'
+    )
+
+
+def end_if_others_are_lost(job: Callable[[], Any]) -> Any:
+  """Does a job; if another process is lost, says so and ends this one at once.
+
+  What follows such an error in order would wait for the lost process.
+  """
+  try:
+    return job()
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1 or not re.search(_LOST, str(error), re.IGNORECASE):
+      raise
+    logger.error(  # a traceback would hide it
+      'process %d of %d lost another one, and ends (%s): start all processes again, in any number; '
+      'the run goes on from its last checkpoint',
+      jax.process_index(),
+      jax.process_count(),
+      str(error).splitlines()[0][:200],
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(LOST)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+  """Makes the mesh; an axis of -1 takes what the others leave.
+
+  Raises:
+    ValueError: if the axes do not multiply to the number of devices, or if `tensor` reaches from
+      one process to another, which read different images.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [data, fsdp]
+  sizes = [data, fsdp, tensor]
   if sizes.count(-1) == 1:
     known = math.prod(size for size in sizes if size != -1)
     sizes[sizes.index(-1)] = len(devices) // max(known, 1)
   if min(sizes) < 1 or math.prod(sizes) != len(devices):
     raise ValueError(
-      f'config.mesh data={data}, fsdp={fsdp} does not give {len(devices)} devices: one of them may '
-      'be -1, and the other must divide that number'
+      f'config.mesh data={data}, fsdp={fsdp}, tensor={tensor} does not give {len(devices)} '
+      'devices: one of them may be -1, and the others must divide that number'
     )
-  return Mesh(np.asarray(devices).reshape(sizes), AXES)
+  if sizes[2] > 1:
+    devices = sorted(devices, key=lambda device: device.process_index)
+  grid = np.asarray(devices).reshape(sizes)
+  for row in grid.reshape(-1, sizes[2]):
+    if len({device.process_index for device in row}) > 1:
+      local = sum(device.process_index == row[0].process_index for device in devices)
+      raise ValueError(
+        f'config.mesh.tensor {sizes[2]} reaches over processes, which have {local} devices each: '
+        'it must divide that number'
+      )
+  return Mesh(grid, AXES)
+
+
+def batch_devices(mesh: Mesh) -> int:
+  """Into how many parts a batch is split; the devices along `tensor` share one."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The batch is split over all devices."""
-  return NamedSharding(mesh, PartitionSpec(AXES))
+  """The batch is split over `data` and `fsdp`, and the same along `tensor`."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -86,19 +199,27 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence) -> Par
       if len(axes) > len(shape):
         raise ValueError(f'config.sharding_rules {pattern!r} has more axes than {path} {shape}')
       return spec
+  axes: list[str | None] = [None] * len(shape)
+  if (parts := mesh.shape['tensor']) > 1:
+    for pattern, axis in TENSOR_RULES:
+      # Moments that an optimizer keeps in another shape are found by the same path.
+      if re.search(pattern, path) and len(shape) >= -axis and not shape[axis] % parts:
+        axes[axis] = 'tensor'
   count = mesh.shape['fsdp']
-  divisible = [i for i, size in enumerate(shape) if size % count == 0]
-  if count == 1 or math.prod(shape) < MIN_SIZE or not divisible:
-    return PartitionSpec()
-  widest = max(divisible, key=lambda i: shape[i])
-  return PartitionSpec(*(('fsdp' if i == widest else None) for i in range(widest + 1)))
+  free = [i for i, size in enumerate(shape) if size % count == 0 and axes[i] is None]
+  if count > 1 and math.prod(shape) >= MIN_SIZE and free:
+    axes[max(free, key=lambda i: shape[i])] = 'fsdp'
+  while axes and axes[-1] is None:
+    axes.pop()
+  return PartitionSpec(*axes)
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Sequence = ()) -> Any:
   """Returns where each array of a tree of shapes lies.
 
-  The first rule (pattern, axes) whose pattern is found in the array's path decides; otherwise the
-  widest axis that `fsdp` divides is split over it. Moments and averages lie like their parameters.
+  The first rule (pattern, axes) whose pattern is found in the array's path decides; otherwise
+  `tensor` splits what TENSOR_RULES say, and `fsdp` the widest other axis that it divides.
+  Moments and averages lie like their parameters.
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: NamedSharding(
