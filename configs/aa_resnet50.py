@@ -36,7 +36,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.optimizer.name = 'sgd'
   config.optimizer.momentum = 0.9
   config.optimizer.weight_decay_mask = _DECAYED
-  if args.variant.startswith('aa_wide'):
+  if 'wide_resnet' in args.variant:
     return _cifar(config, args.batch or 256)
   if args.variant == 'aa_mnasnet':
     return _mnasnet(config, args.batch or 1024)

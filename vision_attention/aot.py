@@ -174,14 +174,14 @@ def ways_to_fit(config: Any, count: int) -> list[tuple[str, Any]]:
     split over all devices besides. What the config does already is not there twice.
   """
   ways = [('as the config says', config)]
-  changed = ml_collections.ConfigDict(config.copy_and_resolve_references())
+  changed: Any = ml_collections.ConfigDict(config.copy_and_resolve_references())
   if not config.model.options.get('remat'):
     with changed.unlocked():
       changed.model.options.remat = True
     ways.append(('with remat', changed))
   count //= config.mesh.tensor
   if config.mesh.fsdp != count:
-    split = ml_collections.ConfigDict(changed.copy_and_resolve_references())
+    split: Any = ml_collections.ConfigDict(changed.copy_and_resolve_references())
     with split.unlocked():
       split.mesh.data, split.mesh.fsdp = 1, count
     ways.append((f'with remat and fsdp={count}', split))
