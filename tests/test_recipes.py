@@ -23,7 +23,6 @@ PENDING = {
   'gc_resnet50',
   'halonet_h0',
   'resnet50',
-  'vit_s16',
 }
 # What every table has to say of every setting.
 REQUIRED = {
