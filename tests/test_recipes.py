@@ -18,10 +18,7 @@ NO_SYSTEM = {'__init__', 'common', 'skin_lesions'}
 # Configs whose tables are not written yet; a table takes its config out of here.
 PENDING = {
   'attention_modules',
-  'botnet_t3',
   'conv_attention_quadratic',
-  'gc_resnet50',
-  'halonet_h0',
   'resnet50',
 }
 # What every table has to say of every setting.
@@ -69,6 +66,8 @@ MASKS = [(name, mask) for name in recipes.names() for mask in recipes.table(name
 
 def _plain(value):
   """Tuples as the lists that JSON has."""
+  if isinstance(value, dict):
+    return {key: _plain(item) for key, item in value.items()}
   return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
