@@ -320,7 +320,7 @@ def test_a_dry_run_needs_no_data(tmp_path):
   assert done.returncode == 0, done.stderr
   # 25,036,948 parameters and two moments of them in float32, most of it split over four devices.
   assert '25,036,948' in done.stdout
-  assert "{'data': 1, 'fsdp': 4} of 4 cpu devices" in done.stdout
+  assert "{'data': 1, 'fsdp': 4, 'tensor': 1} of 4 cpu devices" in done.stdout
   assert '1024 per device' in done.stdout
   mebibytes = float(done.stdout.split('state')[1].split()[0])
   assert 286.5 / 4 < mebibytes < 286.5 / 4 * 1.05

@@ -39,21 +39,21 @@ def test_what_is_drawn_once(per):
 
 
 def test_the_chance_of_each_example():
-  share, is_cut = _mixed(2000, per='example', prob=0.7, switch_prob=0.25)
+  share, is_cut = _mixed(800, per='example', prob=0.7, switch_prob=0.25)
   mixed = share > 0
   # A rectangle may be empty, and then its image is as it was.
-  assert abs(mixed.mean() - 0.7) < 0.04
-  assert abs(is_cut[mixed].mean() - 0.25) < 0.04
+  assert abs(mixed.mean() - 0.7) < 0.06
+  assert abs(is_cut[mixed].mean() - 0.25) < 0.06
 
 
 def test_shares_are_of_their_distribution():
-  share, _ = _mixed(4000, per='weight', cutmix_alpha=0.0)
-  assert abs(share.mean() - 0.5) < 0.02
-  assert abs(share.var() - 1 / (4 * (2 * 0.8 + 1))) < 0.01  # of Beta(a, a)
-  share, _ = _mixed(4000, per='weight', cutmix_alpha=0.0, draw='power')
+  share, _ = _mixed(1000, per='weight', cutmix_alpha=0.0)
+  assert abs(share.mean() - 0.5) < 0.04
+  assert abs(share.var() - 1 / (4 * (2 * 0.8 + 1))) < 0.015  # of Beta(a, a)
+  share, _ = _mixed(1000, per='weight', cutmix_alpha=0.0, draw='power')
   assert share.max() <= 0.5
-  assert abs(share.mean() - 0.5 * 0.8 / 1.8) < 0.01  # of u ** (1 / a) / 2
-  assert abs(np.quantile(2 * share, 0.5) - 0.5 ** (1 / 0.8)) < 0.02
+  assert abs(share.mean() - 0.5 * 0.8 / 1.8) < 0.02  # of u ** (1 / a) / 2
+  assert abs(np.quantile(2 * share, 0.5) - 0.5 ** (1 / 0.8)) < 0.05
 
 
 def test_rectangles_have_the_drawn_area_but_at_the_border():
