@@ -11,6 +11,8 @@ from typing import Any
 
 import ml_collections
 
+# The release that papers train on, of 21,841 classes; a later one is named by `config.data.name`.
+IMAGENET21K = 'imagenet21k/fall11'
 # Classes and training images, for a dry run without the data; a run reads them off the data set.
 DATASETS = {
   'imagenet2012': {'num_classes': 1000, 'num_train': 1_281_167, 'eval_split': 'validation'},
@@ -85,9 +87,18 @@ def pretrained(args: ml_collections.ConfigDict, allowed: Sequence[str] = ('1k', 
 
 
 def use_data(config: ml_collections.ConfigDict, name: str) -> None:
-  """Sets the data set, with what is known of it here."""
+  """Sets the data set, with what is known of it here.
+
+  Raises:
+    ValueError: for a release of ImageNet-21k, by whose name no config knows its recipe.
+  """
+  if name.startswith('imagenet21k/'):
+    raise ValueError(
+      f'config argument data={name!r}: say data=imagenet21k, and --config.data.name={name} '
+      '--config.data.num_classes=0 for that release'
+    )
   known = DATASETS.get(name, {})
-  config.data.name = name
+  config.data.name = IMAGENET21K if name == 'imagenet21k' else name
   config.data.num_classes = known.get('num_classes', 0)
   config.data.num_train = known.get('num_train', 0)
   config.data.eval_split = known.get('eval_split', 'test')

@@ -103,7 +103,7 @@ def _fine_tune(config: ml_collections.ConfigDict, init: str) -> None:
   """On ImageNet-1k after ImageNet-22k, with a learning rate that falls towards the stem."""
   _recipe(config, _RECIPES_TUNE)
   config.init.path = init
-  config.init.classes = 'imagenet21k'
+  config.init.classes = common.IMAGENET21K
   config.total = '30 epochs'
   config.batch_size = 512
   config.optimizer.learning_rate = 5e-5

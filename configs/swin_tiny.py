@@ -74,7 +74,7 @@ def _fine_tune(config: ml_collections.ConfigDict, init: str, pretrained: str) ->
   _recipe(config, rates, 30, 1024, 2e-5, 1e-8)
   config.init.path = init
   if pretrained == '21k':
-    config.init.classes = 'imagenet21k'
+    config.init.classes = common.IMAGENET21K
 
 
 def _recipe(

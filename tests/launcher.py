@@ -17,7 +17,34 @@ from typing import Any
 
 import pytest
 
+from configs import coatnet0
+
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def tiny_config(data_dir: pathlib.Path, **changes: Any) -> Any:
+  """Returns a run on digits whose step compiles in seconds: convolution, attention, BatchNorm."""
+  config = coatnet0.get_config('local')
+  config.update_from_flattened_dict(
+    {
+      'batch_size': 16,
+      'eval.batch_size': 64,
+      'image_size': 16,
+      'model.options.layout': 'CT',
+      'model.options.depths': (1, 1),
+      'model.options.dims': (8, 16),
+      'model.options.strides': (2, 2),
+      'model.options.stem_dim': 8,
+      'schedule.warmup': '4 steps',
+      'log_every': '1 steps',
+      'checkpoint.every': '3 steps',
+      'data.eval_split': 'test[:64]',
+      'data.data_dir': str(data_dir),
+      'compile_cache': '',
+      **changes,
+    }
+  )
+  return config
 
 
 class Launcher:

@@ -228,6 +228,10 @@ def test_every_recipe_takes_a_step(name, arg):
     ('size=384,pretrained=jtf', "pretrained='jtf' must be 1k or 21k or jft"),
     ('augment', 'augment goes with coatnet_4'),
     ('local,size=64', 'local is a model and recipe of its own'),
+    (
+      'data=imagenet21k/winter21',
+      'say data=imagenet21k, and --config.data.name=',
+    ),
   ],
 )
 def test_arguments_that_are_refused(arg, message):

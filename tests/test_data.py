@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 
-import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import inputs
 from vision_attention.data import builders, pipeline, preprocessing, randaugment, source
 
 pytestmark = pytest.mark.fast
@@ -22,23 +22,6 @@ def data_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('data')
   builders.write('digits', builders.digits(), folder, shard_bytes=60_000)
   return folder
-
-
-def _config(data_dir, **changes):
-  values = {
-    'name': 'digits',
-    'data_dir': str(data_dir),
-    'train_split': 'train',
-    'eval_split': 'test',
-    'train_ops': ('resize(16)', 'pad_crop(2)', 'rand_augment(2, 9)'),
-    'eval_ops': ('resize(16)',),
-    'repeats': 1,
-    'on_corrupt': 'raise',
-    'num_threads': 2,
-    'num_workers': 0,
-    'prefetch': 2,
-  }
-  return ml_collections.ConfigDict(values | changes)
 
 
 def _photo(size=(60, 80), kind='JPEG'):
@@ -89,14 +72,14 @@ def test_reading_needs_no_tensorflow(data_dir):
 def test_a_missing_data_set_is_explained_at_once(tmp_path):
   start = time.monotonic()
   with pytest.raises(source.MissingDataError) as caught:
-    pipeline.dataset_info(_config(tmp_path, name='imagenet2012'))
+    pipeline.dataset_info(inputs.config(tmp_path, name='imagenet2012'))
   assert time.monotonic() - start < 2
   assert str(tmp_path) in str(caught.value)
   assert 'prepare_data.py imagenet2012 --input=' in str(caught.value)
 
 
 def test_batches_are_a_function_of_the_step_and_of_no_number_of_processes(data_dir):
-  config = _config(data_dir)
+  config = inputs.config(data_dir)
 
   def batches(start, count, **process):
     stream = pipeline.train_batches(config, seed=3, batch_size=8, start_step=start, **process)
@@ -114,7 +97,7 @@ def test_batches_are_a_function_of_the_step_and_of_no_number_of_processes(data_d
 
 
 def test_phases_change_the_operations_and_nothing_else(data_dir):
-  config = _config(data_dir)
+  config = inputs.config(data_dir)
   phases = [(0, ('resize(8)',)), (3, ('resize(12)',)), (5, config.train_ops)]
   take = lambda start, count, **changes: [
     batch
@@ -136,7 +119,7 @@ def test_phases_change_the_operations_and_nothing_else(data_dir):
 
 
 def test_repeats_are_copies_in_a_row_with_augmentations_of_their_own(data_dir):
-  plain = _config(data_dir, train_ops=('resize(8)',), repeats=3)
+  plain = inputs.config(data_dir, train_ops=('resize(8)',), repeats=3)
   first = next(pipeline.train_batches(plain, seed=0, batch_size=12, start_step=0))
   groups = first['image'].reshape(4, 3, -1)
   assert (groups == groups[:, :1]).all()
@@ -147,7 +130,7 @@ def test_repeats_are_copies_in_a_row_with_augmentations_of_their_own(data_dir):
   later = [next(batches) for _ in range(3)]
   ahead = next(pipeline.train_batches(plain, seed=0, batch_size=12, start_step=steps - 1))
   np.testing.assert_array_equal(later[2]['image'], ahead['image'])
-  augmented = _config(data_dir, train_ops=('resize(8)', 'pad_crop(2)'), repeats=3)
+  augmented = inputs.config(data_dir, train_ops=('resize(8)', 'pad_crop(2)'), repeats=3)
   copies = next(pipeline.train_batches(augmented, seed=0, batch_size=12, start_step=0))['image']
   copies = copies.reshape(4, 3, -1)
   assert (copies != copies[:, :1]).any()
@@ -155,9 +138,10 @@ def test_repeats_are_copies_in_a_row_with_augmentations_of_their_own(data_dir):
 
 def test_evaluation_counts_every_example_once(data_dir):
   whole = []
+  config = inputs.config(data_dir)
   for count in (1, 3):
     parts = [
-      pipeline.eval_batches(_config(data_dir), batch_size=48, process_index=i, process_count=count)
+      pipeline.eval_batches(config, batch_size=48, process_index=i, process_count=count)
       for i in range(count)
     ]
     batches = [list(part) for part in parts]
@@ -190,7 +174,7 @@ def test_a_corrupt_record_is_named_or_counted(tmp_path):
     '',
   )
   builders.write('broken', raw, tmp_path)
-  config = _config(tmp_path, name='broken', train_ops=('resize(8)',))
+  config = inputs.config(tmp_path, name='broken', train_ops=('resize(8)',))
   with pytest.raises(ValueError, match=r'record broken-train\.array_record-00000-of-00001:1 is no'):
     next(pipeline.train_batches(config, seed=0, batch_size=3, start_step=0))
   config.on_corrupt = 'skip'

@@ -9,7 +9,6 @@ import signal
 import numpy as np
 import pytest
 
-from configs import coatnet0
 from tests import faults, launcher
 from vision_attention import checkpoint
 from vision_attention.data import builders
@@ -21,33 +20,15 @@ KILLS = 26  # of each of two runs
 
 
 def _config(data_dir, **changes):
-  """Convolution, attention, BatchNorm, dropped paths, mixing and averages, in two small stages."""
-  config = coatnet0.get_config('local')
-  config.update_from_flattened_dict(
-    {
-      'total': f'{STEPS} steps',
-      'batch_size': 16,
-      'eval.batch_size': 64,
-      'image_size': 16,
-      'model.options.layout': 'CT',
-      'model.options.depths': (1, 1),
-      'model.options.dims': (8, 16),
-      'model.options.strides': (2, 2),
-      'model.options.stem_dim': 8,
-      'model.options.drop_path': 0.2,
-      'mixing.prob': 1.0,
-      'mixing.mixup_alpha': 0.2,
-      'schedule.warmup': '4 steps',
-      'log_every': '1 steps',
-      'eval.every': '40 steps',
-      'checkpoint.every': '3 steps',
-      'data.eval_split': 'test[:64]',
-      'data.data_dir': str(data_dir),
-      'compile_cache': '',
-      **changes,
-    }
-  )
-  return config
+  """With dropped paths, mixing and averages."""
+  values = {
+    'total': f'{STEPS} steps',
+    'eval.every': '40 steps',
+    'model.options.drop_path': 0.2,
+    'mixing.prob': 1.0,
+    'mixing.mixup_alpha': 0.2,
+  }
+  return launcher.tiny_config(data_dir, **(values | changes))
 
 
 @pytest.fixture(scope='module')

@@ -280,6 +280,6 @@ def test_recipes_are_those_of_the_code():
     0,
     0.4,
   )
-  assert (tuned.optimizer.layer_decay, tuned.init.classes) == (0.7, 'imagenet21k')
+  assert (tuned.optimizer.layer_decay, tuned.init.classes) == (0.7, 'imagenet21k/fall11')
   with pytest.raises(ValueError, match="no such recipe for 'hornet_large_gf'"):
     hornet_tiny.get_config('variant=hornet_large_gf')

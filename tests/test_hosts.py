@@ -14,7 +14,6 @@ import time
 import numpy as np
 import pytest
 
-from configs import coatnet0
 from tests import faults, launcher
 from vision_attention import checkpoint
 from vision_attention.data import builders, pipeline
@@ -173,36 +172,18 @@ def data_dir(tmp_path_factory):
 
 
 def _config(data_dir, **changes):
-  """Convolution, attention and BatchNorm; no chance that depends on a place in the batch."""
-  config = coatnet0.get_config('local')
-  config.update_from_flattened_dict(
-    {
-      'total': '12 steps',
-      'batch_size': 16,
-      'eval.batch_size': 64,
-      'image_size': 16,
-      'model.options.layout': 'CT',
-      'model.options.depths': (1, 1),
-      'model.options.dims': (8, 16),
-      'model.options.strides': (2, 2),
-      'model.options.stem_dim': 8,
-      'model.options.drop_path': 0.0,
-      'mixing.prob': 0.0,
-      'optimizer.name': 'sgd',
-      'optimizer.learning_rate': 0.1,
-      'schedule.warmup': '4 steps',
-      'log_every': '1 steps',
-      'eval.every': '12 steps',
-      'checkpoint.every': '3 steps',
-      'data.eval_split': 'test[:64]',
-      'data.data_dir': str(data_dir),
-      'mesh.join_seconds': 60,
-      'mesh.heartbeat_seconds': 10,
-      'compile_cache': '',
-      **changes,
-    }
-  )
-  return config
+  """Without chance that depends on a place in the batch."""
+  values = {
+    'total': '12 steps',
+    'eval.every': '12 steps',
+    'model.options.drop_path': 0.0,
+    'mixing.prob': 0.0,
+    'optimizer.name': 'sgd',
+    'optimizer.learning_rate': 0.1,
+    'mesh.join_seconds': 60,
+    'mesh.heartbeat_seconds': 10,
+  }
+  return launcher.tiny_config(data_dir, **(values | changes))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tests import archives
-from vision_attention.data import class_maps, imagenet, sharding, source, tar_files
+from vision_attention.data import imagenet, imagenet_classes, records, shards, source, tar_files
 
 pytestmark = pytest.mark.fast
 SYNSETS = ('n01440764', 'n02105855', 'n15075141')
@@ -60,7 +60,7 @@ def test_tfds_reads_imagenet_by_its_own_builder(inputs, prepared):
         if split == 'train':
           assert synset == name.split('_')[0]
         else:
-          assert synset == class_maps.validation_labels()[int(name[-13:-5]) - 1]
+          assert synset == imagenet_classes.validation_labels()[int(name[-13:-5]) - 1]
         if name not in ('n01440764_0.JPEG', 'n02105855_0.JPEG'):
           assert content == images[name]
   assert order[:18] == order[18:36] != sorted(order[:18])
@@ -70,7 +70,7 @@ def test_tfds_reads_imagenet_by_its_own_builder(inputs, prepared):
 def test_images_of_other_kinds_become_rgb_jpegs(inputs, prepared):
   read = source.Source('imagenet2012', 'train', str(prepared))
   features = {r.label: r for i in range(len(read)) if (r := read[i]).image[:0] == b''}
-  assert set(features) == {class_maps.imagenet2012().index(s) for s in SYNSETS}
+  assert set(features) == {imagenet_classes.imagenet2012().index(s) for s in SYNSETS}
   ours = {Image.open(io.BytesIO(read[i].image)).mode for i in range(len(read))}
   kinds = {Image.open(io.BytesIO(read[i].image)).format for i in range(len(read))}
   assert (ours, kinds) == ({'RGB'}, {'JPEG'})
@@ -105,12 +105,12 @@ def test_bytes_do_not_depend_on_processes_and_formats_hold_the_same(inputs, prep
 
 
 def test_a_full_disk_leaves_nothing_under_the_name(inputs, tmp_path):
-  for file_format in sharding.FORMATS:
+  for file_format in records.FORMATS:
     options = {'file_format': file_format, 'shard_bytes': 20_000}
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, old[1]))
     try:
-      with pytest.raises(sharding.PreparationError, match=r'could not write .*unit-000000-train'):
+      with pytest.raises(shards.PreparationError, match=r'could not write .*unit-000000-train'):
         imagenet.imagenet2012(inputs[0], tmp_path / file_format, **options)
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -188,10 +188,10 @@ def test_real_labels_are_any_number(inputs, tmp_path):
   assert builder.info.features.to_json() == fresh.info.features.to_json()
   found = _examples(builder, 'validation')
   read = source.Source('imagenet2012_real', 'validation', str(tmp_path))
-  assert (read.num_classes, read.label_names) == (1000, class_maps.imagenet2012())
+  assert (read.num_classes, read.label_names) == (1000, imagenet_classes.imagenet2012())
   for i, example in enumerate(found):
     assert list(example['real_label']) == real[i] == list(read[i].labels)
     original = builder.info.features['original_label'].int2str(example['original_label'])
-    assert original == class_maps.validation_labels()[i]
+    assert original == imagenet_classes.validation_labels()[i]
     assert read[i].label == (real[i] or [-1])[0]
   assert read.class_counts().sum() == sum(map(len, real))

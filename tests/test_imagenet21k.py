@@ -18,7 +18,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests import archives
-from vision_attention.data import class_maps, classes, imagenet21k, sharding, source, tar_files
+from vision_attention.data import classes, imagenet21k, imagenet_classes, shards, source, tar_files
 
 pytestmark = pytest.mark.fast
 ROOT = pathlib.Path(__file__).parents[1]
@@ -113,7 +113,7 @@ def test_the_thousand_classes_are_found_again(prepared):
   folder = source.find('imagenet21k/winter21', str(prepared))
   indices = json.loads((folder / 'imagenet2012_indices.json').read_text())
   assert indices['num_classes'] == 6
-  assert tuple(indices['classes']) == class_maps.imagenet2012()
+  assert tuple(indices['classes']) == imagenet_classes.imagenet2012()
   known = {i: n for i, n in enumerate(indices['indices']) if n >= 0}
   assert known == {0: 1, 999: 5}
   assert classes.names(str(folder / 'synsets.txt')) == tuple(sorted(SYNSETS))
@@ -121,17 +121,17 @@ def test_the_thousand_classes_are_found_again(prepared):
 
 def test_class_maps():
   counts = {'n00000002': 501, 'n00000001': 500, 'n09999999': 700}
-  assert class_maps.imagenet21k('winter21', counts) == tuple(sorted(counts))
-  assert class_maps.imagenet21k('21k_p', counts) == ('n00000002', 'n09999999')
-  google = class_maps.imagenet21k('google21843', counts)
+  assert imagenet_classes.imagenet21k('winter21', counts) == tuple(sorted(counts))
+  assert imagenet_classes.imagenet21k('21k_p', counts) == ('n00000002', 'n09999999')
+  google = imagenet_classes.imagenet21k('google21843', counts)
   assert google == ('n00000001', 'n00000002', 'n03931044', 'n09859684', 'n09999999')
   with pytest.raises(ValueError, match='more than 500'):
-    class_maps.imagenet21k('21k_p', {'n00000001': 500})
-  assert class_maps.imagenet2012_among(['n1', 'n2']) == [-1] * 1000
-  assert len(class_maps.imagenet2012()) == 1000
-  counted = collections.Counter(class_maps.validation_labels())
+    imagenet_classes.imagenet21k('21k_p', {'n00000001': 500})
+  assert imagenet_classes.imagenet2012_among(['n1', 'n2']) == [-1] * 1000
+  assert len(imagenet_classes.imagenet2012()) == 1000
+  counted = collections.Counter(imagenet_classes.validation_labels())
   assert set(counted.values()) == {50}
-  assert set(counted) == set(class_maps.imagenet2012())
+  assert set(counted) == set(imagenet_classes.imagenet2012())
 
 
 def test_the_share_of_validation_is_kept_for_every_release():
@@ -141,7 +141,7 @@ def test_the_share_of_validation_is_kept_for_every_release():
 
 
 def test_classes_without_images_and_rare_ones(images, plain, tmp_path, monkeypatch):
-  monkeypatch.setattr(class_maps, '_MANY', 14)
+  monkeypatch.setattr(imagenet_classes, '_MANY', 14)
   imagenet21k.imagenet21k(plain, tmp_path, kind='google21843', shard_bytes=2**20)
   read, train = _records(tmp_path, 'train', 'google21843')
   assert (read.num_classes, read.label_names[3]) == (8, 'n03931044')
@@ -265,7 +265,7 @@ def test_unfinished_work_of_another_archive_is_not_gone_on_with(plain, tmp_path,
   options = {'kind': 'winter21', 'shard_bytes': 60_000}
   with pytest.raises(KeyboardInterrupt):
     imagenet21k.imagenet21k(plain, tmp_path, **options)
-  with pytest.raises(sharding.PreparationError, match='other archives or options'):
+  with pytest.raises(shards.PreparationError, match='other archives or options'):
     imagenet21k.imagenet21k(plain, tmp_path, seed=1, **options)
   imagenet21k.imagenet21k(plain, tmp_path, **options)
   assert [group.number for group in calls] == [0, 1, 1, 2, 3], 'a finished unit is not made again'
@@ -276,7 +276,7 @@ def test_only_one_process_writes_a_data_set(plain, tmp_path):
   work.mkdir(parents=True)
   with (work / 'lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(sharding.PreparationError, match='another process is writing'):
+    with pytest.raises(shards.PreparationError, match='another process is writing'):
       imagenet21k.imagenet21k(plain, tmp_path, kind='fall11')
   imagenet21k.imagenet21k(plain, tmp_path, kind='fall11')
 
@@ -288,7 +288,7 @@ def test_what_cannot_be_done_is_said(plain, tmp_path):
     imagenet21k.imagenet21k(tmp_path / 'x.tar', tmp_path, kind='fall11')
   with pytest.raises(ValueError, match='is no share'):
     imagenet21k.imagenet21k(plain, tmp_path, kind='fall11', validation=1.0)
-  with pytest.raises(sharding.PreparationError, match='copy the finished folder to the bucket'):
+  with pytest.raises(shards.PreparationError, match='copy the finished folder to the bucket'):
     imagenet21k.imagenet21k(plain, pathlib.Path('gs://bucket/data'), kind='fall11')
   (tmp_path / 'x.tar').write_bytes(archives.tar({'cats.tar': archives.tar({})}))
   with pytest.raises(ValueError, match=r"'cats\.tar' is no archive of a class"):

@@ -59,10 +59,12 @@ def test_shares_are_of_their_distribution():
 def test_rectangles_have_the_drawn_area_but_at_the_border():
   key = jax.random.key(1)
   images = jnp.stack([jnp.zeros((64, 64, 1)), jnp.ones((64, 64, 1))] * 500)
-  found, labels = mixing.cutmix(key, images, jnp.eye(1000), 1.0, count=1000)
+  share = mixing.shares(key, 1.0, 1000, 'beta')
+  found, visible = mixing.cutmix(key, images, share)
   taken = jnp.abs(found - images).mean((1, 2, 3))
   # The partner of an even place is an odd one: what differs is the rectangle.
-  np.testing.assert_allclose(taken, 1 - np.diagonal(labels), atol=1e-6)
+  np.testing.assert_allclose(taken, visible, atol=1e-6)
+  assert (visible <= share + 1e-6).all()
   # Half of the image on average, less what is cut off at the border: E[side] = 2/3 of each axis,
   # of which a centre chosen evenly leaves 1 - side / 4.
   sides = np.sqrt(np.random.default_rng(0).uniform(size=100_000))

@@ -6,15 +6,14 @@ import shutil
 import struct
 
 import fsspec
-import ml_collections
 import numpy as np
 import pytest
 from etils import epath
 from etils.epath import backend, gpath
 from fsspec.implementations import dirfs, local
 
-from tests import archives
-from vision_attention.data import imagenet, pipeline, sharding, source, tfrecord
+from tests import archives, inputs
+from vision_attention.data import imagenet, pipeline, records, source, tfrecord
 
 pytestmark = pytest.mark.fast
 SYNSETS = ('n01440764', 'n02105855', 'n15075141')
@@ -31,7 +30,7 @@ def prepared(tmp_path_factory):
   """The same data set in both formats, in several files."""
   folder = tmp_path_factory.mktemp('data')
   archives.imagenet2012(folder, SYNSETS)
-  for file_format in sharding.FORMATS:
+  for file_format in records.FORMATS:
     where = folder / file_format
     imagenet.imagenet2012(folder, where, file_format=file_format, shard_bytes=20_000)
   return folder
@@ -40,18 +39,10 @@ def prepared(tmp_path_factory):
 def _config(data_dir, **changes):
   values = {
     'name': 'imagenet2012',
-    'data_dir': str(data_dir),
-    'train_split': 'train',
     'eval_split': 'validation[1:6]',
     'train_ops': ('random_resized_crop(16)', 'flip', 'rand_augment(2, 9)'),
-    'eval_ops': ('resize(16)',),
-    'repeats': 1,
-    'on_corrupt': 'raise',
-    'num_threads': 2,
-    'num_workers': 0,
-    'prefetch': 2,
   }
-  return ml_collections.ConfigDict(values | changes)
+  return inputs.config(data_dir, **(values | changes))
 
 
 def _take(data_dir, start, count):
@@ -79,7 +70,7 @@ def test_both_formats_give_the_same_batches_also_after_a_resume(prepared):
   _equal(
     *(
       list(pipeline.eval_batches(_config(prepared / file_format), batch_size=2))
-      for file_format in sharding.FORMATS
+      for file_format in records.FORMATS
     )
   )
 
@@ -163,7 +154,7 @@ def test_a_broken_tfrecord_file_is_named_with_the_byte(file, cache):
   assert not cache.exists() or not list(cache.iterdir())
 
 
-@pytest.mark.parametrize('file_format', sharding.FORMATS)
+@pytest.mark.parametrize('file_format', records.FORMATS)
 def test_broken_files_of_a_data_set_are_named(prepared, file_format, tmp_path):
   data_dir, files = _copy(prepared, file_format, tmp_path)
   source._open.cache_clear()

@@ -5,22 +5,19 @@ import io
 import json
 from typing import Any
 
-import array_record.python.array_record_module as array_record_module
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from etils import epath
 from PIL import Image
-from tensorflow_datasets.proto import tf_example_pb2
 
 from configs import vit_s16
 from vision_attention import checkpoint, convert, evaluation, planning, suites
-from vision_attention.data import builders, class_maps, pipeline, source
+from vision_attention.data import builders, imagenet_classes, pipeline, records, shards, source
 from vision_attention.models import registry
 from vision_attention.training import evaluate, few_shot
 
-NAMES = class_maps.imagenet2012()
+NAMES = imagenet_classes.imagenet2012()
 TINY = {'depth': 1, 'dim': 8, 'mlp_dim': 8, 'num_heads': 1}
 
 
@@ -116,7 +113,7 @@ def test_only_the_classes_of_a_set_may_be_answered(folder, weights, tmp_path, ca
   assert 'eval/imagenet_a: top-1 0.500 %' in capsys.readouterr().out
   written = json.loads((tmp_path / 'run' / suites.JSON).read_text())
   assert written['results'] == found
-  assert (written['run'], written['step'], written['data']) == ('vit_s16', 0, 'own')
+  assert (written['model'], written['step'], written['data']) == ('vit_s16', 0, 'own')
   assert written['parameters'] > 1000
   rows = list(csv.DictReader((tmp_path / 'run' / suites.CSV).read_text().splitlines()))
   assert [float(row['eval/imagenet_a/top1']) for row in rows] == [0.5]
@@ -146,42 +143,18 @@ def test_features_of_chance_tell_digits_apart(folder, weights):
 
 def test_every_label_of_real_is_read(tmp_path):
   """Records with none, one and two labels, as TFDS writes them."""
-  features = tfds.features.FeaturesDict(
-    {
-      'image': tfds.features.Image(shape=(None, None, 3)),
-      'real_label': tfds.features.Sequence(tfds.features.ClassLabel(names=list('abcd'))),
-    }
-  )
-  target = tmp_path / 'real' / '1.0.0'
-  target.mkdir(parents=True)
-  file = target / 'real-validation.array_record-00000-of-00001'
-  writer = array_record_module.ArrayRecordWriter(str(file), 'group_size:1')
-  for labels in ([2], [], [0, 3]):
-    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
-    example.features.feature['image'].bytes_list.value.append(_png(7))
-    example.features.feature['real_label'].int64_list.value.extend(labels)
-    writer.write(example.SerializeToString())
-  writer.close()
-  template = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
-  split = tfds.core.SplitInfo(
-    name='validation',
-    shard_lengths=[3],
-    num_bytes=1,
-    filename_template=tfds.core.ShardedFileTemplate(
-      dataset_name='real',
-      data_dir=epath.Path(target),
-      split='validation',
-      filetype_suffix='array_record',
-      template=template,
-    ),
-  )
-  tfds.folder_dataset.write_metadata(
-    data_dir=target,
-    features=features,
-    split_infos=[split],
-    filename_template=template,
-    check_data=False,
-  )
+  features = {
+    'image': tfds.features.Image(shape=(None, None, 3)),
+    'real_label': tfds.features.Sequence(tfds.features.ClassLabel(names=list('abcd'))),
+  }
+
+  def make(rows):
+    for labels in rows:
+      content = records.example(image=_png(7), real_label=labels)
+      yield shards.Written('validation', content)
+
+  spec = shards.Spec('real', '1.0.0', features, labels='real_label')
+  shards.build(spec, tmp_path, lambda: [([2], [], [0, 3])], make, source='rows')
   config = _config(tmp_path, **{'data.name': 'real', 'data.eval_split': 'validation'})
   (batch,) = pipeline.eval_batches(config.data, batch_size=8)
   assert batch['label'].tolist()[:3] == [2, -1, 0]

@@ -133,7 +133,7 @@ def evaluate_only(config: Any, workdir: pathlib.Path) -> dict[str, float]:
 def _facts(plan: planning.Plan, step: int) -> dict[str, Any]:
   params = jax.tree.leaves(plan.shapes[0].params)
   return {
-    'run': plan.config.model.name,
+    'model': plan.config.model.name,
     'data': plan.config.data.name,
     'image_size': plan.config.image_size,
     'step': step,
@@ -211,11 +211,8 @@ class _Probe:
     self._prepare = preprocessing.compose(config.data.eval_ops)
     self._batch_size = config.eval.batch_size
     data_dir = config.data.data_dir or None
-    there = source.splits(name, data_dir)
-    split = next((each for each in ('test', 'validation') if each in there), None)
-    if 'train' not in there or split is None:
-      raise ValueError(f'{name} has no splits train and test or validation: it has {there}')
-    self._train, self._test = (source.Source(name, s, data_dir) for s in ('train', split))
+    splits = 'train', source.evaluation_split(name, data_dir)
+    self._train, self._test = (source.Source(name, split, data_dir) for split in splits)
     labels = [self._train[i].label for i in range(len(self._train))]
     self._chosen = {
       shots: [few_shot.choose(labels, shots, seed) for seed in range(_SEEDS)]

@@ -24,7 +24,6 @@ logger = logging.getLogger('vision_attention')
 JSON, CSV = 'evaluation.json', 'evaluation.csv'
 # Test sets of which only the classes that occur may be answered, and how many these are.
 SUBSETS = {'imagenet_a': 200, 'imagenet_r': 200}
-_SPLITS = ('test', 'validation')
 _PACKAGES = ('vision_attention', 'jax', 'flax', 'numpy')
 
 
@@ -73,10 +72,7 @@ def prepare(config: Any, process_index: int = 0, process_count: int = 1) -> list
 
 def _suite(name: str, config: Any, ours: Sequence[str], index: int, count: int) -> Suite:
   data_dir = config.data.data_dir or None
-  splits = source.splits(name, data_dir)
-  split = next((each for each in _SPLITS if each in splits), None)
-  if split is None:
-    raise ValueError(f'{name} has no split {" or ".join(_SPLITS)}: it has {", ".join(splits)}')
+  split = source.evaluation_split(name, data_dir)
   data = ml_collections.ConfigDict({**config.data.to_dict(), 'name': name, 'eval_split': split})
   batches = pipeline.eval_batches(
     data, batch_size=config.eval.batch_size, process_index=index, process_count=count

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from PIL import Image
+
+from vision_attention.data import records
 
 VERSION = '1.0.0'
 _IDX_FILES = {'train': ('train', 'train'), 'test': ('t10k', 'test')}
@@ -191,7 +192,7 @@ def write(
       data_dir=folder,
       features=features,
       split_infos=infos,
-      filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+      filename_template=records.TEMPLATE,
       description=raw.description,
       check_data=False,
     )
@@ -211,10 +212,6 @@ def _write_split(
   shard_bytes: int,
 ):
   """Writes one split's shards, under their final names once their number is known."""
-  import array_record.python.array_record_module as array_record_module
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.proto import tf_example_pb2
-
   lengths: list[int] = []
   parts: list[pathlib.Path] = []
   total = size = 0
@@ -222,14 +219,10 @@ def _write_split(
   for image, label in examples:
     if writer is None:
       parts.append(folder / f'{split}-{len(parts)}.part')
-      # One record per group: what random access needs.
-      writer = array_record_module.ArrayRecordWriter(str(parts[-1]), 'group_size:1')
+      writer = records.writer(parts[-1], 'array_record')
       lengths.append(0)
       size = 0
-    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
-    example.features.feature['image'].bytes_list.value.append(image)
-    example.features.feature['label'].int64_list.value.append(label)
-    content = example.SerializeToString()
+    content = records.example(image=image, label=label)
     writer.write(content)
     lengths[-1] += 1
     size += len(content)
@@ -243,15 +236,4 @@ def _write_split(
     raise ValueError(f'split {split!r} of {name!r} has no images')
   for i, part in enumerate(parts):
     part.rename(folder / f'{name}-{split}.array_record-{i:05d}-of-{len(parts):05d}')
-  return tfds.core.SplitInfo(
-    name=split,
-    shard_lengths=lengths,
-    num_bytes=total,
-    filename_template=tfds.core.ShardedFileTemplate(
-      dataset_name=name,
-      data_dir=epath.Path(folder),
-      split=split,
-      filetype_suffix='array_record',
-      template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
-    ),
-  )
+  return records.split_info(name, split, lengths, total, folder, 'array_record')

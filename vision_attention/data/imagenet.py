@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vision_attention import errors
-from vision_attention.data import class_maps, sharding, tar_files
+from vision_attention.data import imagenet_classes, records, shards, tar_files
 
 TRAIN, VALIDATION = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 VARIANTS = {
@@ -75,17 +75,17 @@ def fixed(content: bytes) -> tuple[bytes, str]:
   return buffer.getvalue(), why
 
 
-def make(images: Sequence[_Image], *, fix: bool) -> Iterator[sharding.Written | sharding.Remark]:
+def make(images: Sequence[_Image], *, fix: bool) -> Iterator[shards.Written | shards.Remark]:
   """Yields the examples of a unit."""
   for image in images:
     content = tar_files.read(pathlib.Path(image.archive), image.member)
     if fix:
       content, why = fixed(content)
       if why:
-        yield sharding.Remark(image.file_name, 'encoded anew', why)
-    yield sharding.Written(
+        yield shards.Remark(image.file_name, 'encoded anew', why)
+    yield shards.Written(
       image.split,
-      sharding.example(image=content, file_name=image.file_name, **dict(image.labels)),
+      records.example(image=content, file_name=image.file_name, **dict(image.labels)),
     )
 
 
@@ -106,7 +106,7 @@ def _units(images: Iterable[_Image], shard_bytes: int) -> Iterator[list[_Image]]
 def _features(encoding: str | None = 'jpeg') -> dict[str, Any]:
   return {
     'image': tfds.features.Image(encoding_format=encoding),
-    'label': tfds.features.ClassLabel(names=list(class_maps.imagenet2012())),
+    'label': tfds.features.ClassLabel(names=list(imagenet_classes.imagenet2012())),
     'file_name': tfds.features.Text(),
   }
 
@@ -137,7 +137,7 @@ def _number(file_name: str) -> int:
 
 
 def _validation(path: pathlib.Path, split: str, label: str) -> list[_Image]:
-  synsets, classes = class_maps.validation_labels(), class_maps.imagenet2012()
+  synsets, classes = imagenet_classes.validation_labels(), imagenet_classes.imagenet2012()
   numbers = {synset: i for i, synset in enumerate(classes)}
   return [
     _Image(
@@ -153,7 +153,7 @@ def _validation(path: pathlib.Path, split: str, label: str) -> list[_Image]:
 
 def _train(path: pathlib.Path, seed: int) -> list[_Image]:
   """Returns the training images, shuffled."""
-  numbers = {synset: i for i, synset in enumerate(class_maps.imagenet2012())}
+  numbers = {synset: i for i, synset in enumerate(imagenet_classes.imagenet2012())}
   images = []
   for inner in sorted(tar_files.members(path), key=lambda m: m.name):
     synset = pathlib.PurePath(inner.name).stem
@@ -181,10 +181,10 @@ def imagenet2012(
   Raises:
     FileNotFoundError: if an archive is not there.
     tar_files.ArchiveError: if one is not whole.
-    sharding.PreparationError: see `sharding.build`.
+    shards.PreparationError: see `shards.build`.
   """
   train, validation = archive(folder, TRAIN), archive(folder, VALIDATION)
-  spec = sharding.Spec(
+  spec = shards.Spec(
     'imagenet2012',
     '5.1.0',
     _features(),
@@ -198,7 +198,7 @@ def imagenet2012(
     yield from _units(_train(train, seed), shard_bytes)
     yield from _units(_validation(validation, 'validation', 'label'), shard_bytes)
 
-  return sharding.build(
+  return shards.build(
     spec,
     data_dir,
     units,
@@ -221,7 +221,7 @@ def _real(folder: pathlib.Path) -> list[_Image]:
 
 def _of_folders(path: pathlib.Path, name: str) -> Iterator[_Image]:
   """Yields the images of an archive of `<top>/<class>/<file>`."""
-  numbers = {synset: i for i, synset in enumerate(class_maps.imagenet2012())}
+  numbers = {synset: i for i, synset in enumerate(imagenet_classes.imagenet2012())}
   for member in tar_files.stream(path):
     parts = pathlib.PurePosixPath(member.name).parts[-3:]
     if pathlib.PurePath(member.name).suffix.lower() not in _SUFFIXES:
@@ -254,9 +254,9 @@ def evaluation_set(
     folder: of its archive; for ReaL that of validation images, and `real.json`.
     data_dir: TFDS's folder of data sets.
     variant: of ImageNet-V2.
-    file_format: see `sharding.Spec`.
-    workers: see `sharding.build`.
-    overwrite: see `sharding.build`.
+    file_format: see `shards.Spec`.
+    workers: see `shards.build`.
+    overwrite: see `shards.build`.
     shard_bytes: about the size of a file.
 
   Raises:
@@ -271,7 +271,7 @@ def evaluation_set(
   if real:
     label = features.pop('label')
     features |= {'original_label': label, 'real_label': tfds.features.Sequence(label)}
-  spec = sharding.Spec(
+  spec = shards.Spec(
     name,
     _VERSIONS[name],
     features,
@@ -283,7 +283,7 @@ def evaluation_set(
   )
   images = _real(folder) if real else _of_folders(path, name)
   stamps = stamp(path, *([folder / 'real.json'] if real else []))
-  return sharding.build(
+  return shards.build(
     spec,
     data_dir,
     lambda: _units(images, shard_bytes),

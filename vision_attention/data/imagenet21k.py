@@ -25,7 +25,14 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vision_attention import errors
-from vision_attention.data import class_maps, imagenet, preprocessing, sharding, tar_files
+from vision_attention.data import (
+  imagenet,
+  imagenet_classes,
+  preprocessing,
+  records,
+  shards,
+  tar_files,
+)
 
 VERSION = '1.0.0'
 MIN_SIDE = 32
@@ -90,7 +97,7 @@ def _check(content: bytes) -> tuple[bytes, str, str]:
 
 def make(
   group: _Group, *, classes: Sequence[str], validation: float, seed: int
-) -> Iterator[sharding.Written | sharding.Remark]:
+) -> Iterator[shards.Written | shards.Remark]:
   """Yields the examples of a unit, shuffled."""
   numbers = {name: i for i, name in enumerate(classes)}
   path = pathlib.Path(group.archive)
@@ -105,13 +112,13 @@ def make(
     content, changed, dropped = _check(tar_files.read(path, member))
     file_name = pathlib.PurePosixPath(member.name).name
     if dropped:
-      yield sharding.Remark(file_name, 'dropped', dropped)
+      yield shards.Remark(file_name, 'dropped', dropped)
       continue
     if changed:
-      yield sharding.Remark(file_name, 'encoded anew', changed)
-    yield sharding.Written(
+      yield shards.Remark(file_name, 'encoded anew', changed)
+    yield shards.Written(
       'validation' if is_validation(file_name, validation) else 'train',
-      sharding.example(image=content, label=numbers[name], synset=name, file_name=file_name),
+      records.example(image=content, label=numbers[name], synset=name, file_name=file_name),
     )
 
 
@@ -139,7 +146,7 @@ def _counted(path: pathlib.Path, kind: str, where: pathlib.Path) -> dict[str, in
       return saved['counts']
   counts = count_images(path, kind)
   where.parent.mkdir(parents=True, exist_ok=True)
-  sharding.save(where, json.dumps({'stamp': stamp, 'counts': counts}))
+  shards.save(where, json.dumps({'stamp': stamp, 'counts': counts}))
   return counts
 
 
@@ -163,10 +170,10 @@ def imagenet21k(
   Args:
     path: the archive, or a folder with one of `ARCHIVES`.
     data_dir: TFDS's folder of data sets.
-    kind: of `class_maps.COUNTS`.
-    file_format: see `sharding.Spec`.
-    workers: see `sharding.build`.
-    overwrite: see `sharding.build`.
+    kind: of `imagenet_classes.COUNTS`.
+    file_format: see `shards.Spec`.
+    workers: see `shards.build`.
+    overwrite: see `shards.build`.
     validation: share of images of the validation split.
     shard_bytes: about the size of a file.
     seed: of the order within files.
@@ -174,29 +181,29 @@ def imagenet21k(
   Raises:
     FileNotFoundError: if there is no such archive.
     ValueError: for an unknown kind, or an archive that is not whole or of another layout.
-    sharding.PreparationError: see `sharding.build`.
+    shards.PreparationError: see `shards.build`.
   """
-  errors.check_choice('classes', kind, class_maps.COUNTS)
+  errors.check_choice('classes', kind, imagenet_classes.COUNTS)
   if not 0 <= validation < 1:
     raise ValueError(f'validation {validation} is no share of the images: 0.01 is usual')
   if path.is_dir():
     path = imagenet.archive(path, *ARCHIVES)
   if not path.is_file():
     raise FileNotFoundError(f'there is no archive {path}')
-  plain = sharding.Spec('imagenet21k', VERSION, {}, config=kind, file_format=file_format)
-  sharding.refuse_existing(plain, data_dir, overwrite)
+  plain = shards.Spec('imagenet21k', VERSION, {}, config=kind, file_format=file_format)
+  shards.refuse_existing(plain, data_dir, overwrite)
   counts = _counted(path, kind, plain.folder(data_dir).parent / '.classes.json')
-  classes = class_maps.imagenet21k(kind, counts)
+  classes = imagenet_classes.imagenet21k(kind, counts)
   features: dict[str, Any] = {
     'image': tfds.features.Image(encoding_format='jpeg'),
     'label': tfds.features.ClassLabel(names=list(classes)),
     'synset': tfds.features.Text(),
     'file_name': tfds.features.Text(),
   }
-  known = class_maps.imagenet2012()
+  known = imagenet_classes.imagenet2012()
   indices = {
     'classes': list(known),
-    'indices': class_maps.imagenet2012_among(classes),
+    'indices': imagenet_classes.imagenet2012_among(classes),
     'num_classes': len(classes),
   }
   spec = dataclasses.replace(
@@ -204,7 +211,7 @@ def imagenet21k(
     features=features,
     description=(
       f'ImageNet-21k, {kind}: {len(classes)} classes of {path.name} (published: '
-      f'{" or ".join(map(str, class_maps.COUNTS[kind]))}).'
+      f'{" or ".join(map(str, imagenet_classes.COUNTS[kind]))}).'
     ),
     homepage='https://image-net.org/',
     files={
@@ -214,7 +221,7 @@ def imagenet21k(
     merged=('validation',),
     shard_bytes=shard_bytes,
   )
-  found = sharding.build(
+  found = shards.build(
     spec,
     data_dir,
     lambda: _groups(path, classes, shard_bytes),

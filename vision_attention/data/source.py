@@ -155,6 +155,20 @@ def splits(name: str, data_dir: str | None = None) -> list[str]:
   return sorted(_builder(find(name, data_dir)).info.splits)
 
 
+def evaluation_split(name: str, data_dir: str | None = None) -> str:
+  """Returns the split of a prepared data set that models are tested on.
+
+  Raises:
+    MissingDataError: if it is not on disk.
+    ValueError: if it has none.
+  """
+  there = splits(name, data_dir)
+  for split in ('test', 'validation'):
+    if split in there:
+      return split
+  raise ValueError(f'{name} has no split test or validation: it has {", ".join(there)}')
+
+
 class Source:
   """A split of a data set, by index.
 

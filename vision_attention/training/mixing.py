@@ -23,56 +23,41 @@ def _partner(x: Array) -> Array:
   return x[::-1]
 
 
-def _share(key: Array, alpha: float, count: int, draw: str) -> Float[Array, ' n']:
-  """How much of the partner each of `count` mixtures takes."""
+def shares(key: Array, alpha: float, count: int, draw: str) -> Float[Array, ' n']:
+  """Returns how much of the partner each of `count` mixtures takes.
+
+  Args:
+    key: random key.
+    alpha: of the distribution.
+    count: 1 for a whole batch, or one for each example.
+    draw: `beta` for weights of `Beta(alpha, alpha)`, `power` for shares `u ** (1 / alpha) / 2`.
+  """
   if draw == 'power':
     return 0.5 * jax.random.uniform(key, (count,)) ** (1.0 / alpha)
   return 1.0 - jax.random.beta(key, alpha, alpha, (count,))
 
 
-def _blend(x: Array, share: Float[Array, ' n']) -> Array:
+def mixup(x: Float[Array, 'b ...'], share: Float[Array, ' n']) -> Float[Array, 'b ...']:
+  """Mixes images or targets with their partners (arXiv 1710.09412), by one share or their own."""
   share = share.reshape(-1, *[1] * (x.ndim - 1))
   return (1.0 - share) * x + share * _partner(x)
 
 
-def mixup(
-  key: Array,
-  images: Float[Array, 'b h w c'],
-  targets: Float[Array, 'b k'],
-  alpha: float,
-  *,
-  count: int = 1,
-  draw: str = 'beta',
-) -> tuple[Float[Array, 'b h w c'], Float[Array, 'b k']]:
-  """Mixes images and targets (arXiv 1710.09412).
+def cutmix(
+  key: Array, images: Float[Array, 'b h w c'], share: Float[Array, ' n']
+) -> tuple[Float[Array, 'b h w c'], Float[Array, ' n']]:
+  """Pastes rectangles of the partner (arXiv 1905.04899).
 
   Args:
-    key: random key.
+    key: random key of the places.
     images: the batch.
-    targets: of the images.
-    alpha: of the distribution of weights.
-    count: of weights: 1 for the batch, or one for each example.
-    draw: `beta` for weights of `Beta(alpha, alpha)`, `power` for shares `u ** (1 / alpha) / 2`.
+    share: area of the rectangle, one for all or each its own.
+
+  Returns:
+    The images, and the share that is visible: a rectangle is cut off at the border.
   """
-  share = _share(key, alpha, count, draw)
-  return _blend(images, share), _blend(targets, share)
-
-
-def cutmix(
-  key: Array,
-  images: Float[Array, 'b h w c'],
-  targets: Float[Array, 'b k'],
-  alpha: float,
-  *,
-  count: int = 1,
-  draw: str = 'beta',
-) -> tuple[Float[Array, 'b h w c'], Float[Array, 'b k']]:
-  """Pastes one rectangle of the partner (arXiv 1905.04899); targets mix by its visible area.
-
-  See `mixup` for the arguments; of CutMix the area is drawn.
-  """
-  key_weight, key_y, key_x = jax.random.split(key, 3)
-  side = jnp.sqrt(_share(key_weight, alpha, count, draw))
+  key_y, key_x = jax.random.split(key)
+  count, side = len(share), jnp.sqrt(share)
 
   def span(key: Array, size: int) -> Array:
     half = jnp.floor(side * size).astype(jnp.int32)[:, None] // 2
@@ -82,9 +67,8 @@ def cutmix(
 
   height, width = images.shape[1:3]
   box = span(key_y, height)[:, :, None] & span(key_x, width)[:, None, :]
-  share = box.mean((1, 2), dtype=jnp.float32)
-  mixed = jnp.where(box[..., None], _partner(images), images)
-  return mixed, _blend(targets, share)
+  visible = box.mean((1, 2), dtype=jnp.float32)
+  return jnp.where(box[..., None], _partner(images), images), visible
 
 
 def mix(
@@ -111,15 +95,20 @@ def mix(
     switch_prob: probability of CutMix where both are on.
     per: `batch` to draw everything once (timm's default), `weight` for weights and rectangles of
       each example's own, `example` to draw everything for each example (timm's `elem`).
-    draw: see `mixup`.
+    draw: see `shares`.
   """
-  kinds = [(mixup, mixup_alpha), (cutmix, cutmix_alpha)]
-  kinds = [(kind, alpha) for kind, alpha in kinds if alpha > 0]
-  if not kinds or prob == 0:
+  if prob == 0 or not (mixup_alpha or cutmix_alpha):
     return images, targets
   weights, choices = (1 if single else len(images) for single in (per == 'batch', per != 'example'))
-  key_apply, key_switch, key_mix = jax.random.split(key, 3)
-  results = [kind(key_mix, images, targets, a, count=weights, draw=draw) for kind, a in kinds]
+  key_apply, key_switch, key_share, key_place = jax.random.split(key, 4)
+  results = []
+  if mixup_alpha:
+    share = shares(key_share, mixup_alpha, weights, draw)
+    results.append((mixup(images, share), mixup(targets, share)))
+  if cutmix_alpha:
+    share = shares(key_share, cutmix_alpha, weights, draw)
+    pasted, share = cutmix(key_place, images, share)
+    results.append((pasted, mixup(targets, share)))
 
   def choose(key: Array, chance: float, a: Any, b: Any) -> Any:
     take = jax.random.bernoulli(key, chance, (choices,))

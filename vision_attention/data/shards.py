@@ -17,16 +17,12 @@ import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from etils import epath
-
 from vision_attention import errors
-from vision_attention.data import tfrecord
+from vision_attention.data import records
 
-FORMATS = ('array_record', 'tfrecord')
-_TEMPLATE = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
 _SKIPPED = ('file_name', 'what', 'why')
 
 
@@ -68,7 +64,7 @@ class Spec:
     homepage: of the data set.
     files: text files to be kept beside it, by name.
     merged: splits whose files are joined, for they are small.
-    file_format: of `FORMATS`.
+    file_format: of `records.FORMATS`.
     shard_bytes: about the size of a joined file.
   """
 
@@ -87,40 +83,6 @@ class Spec:
   def folder(self, data_dir: pathlib.Path) -> pathlib.Path:
     """Returns where it lies."""
     return data_dir / self.name / self.config / self.version
-
-
-def example(**features: bytes | str | int | Sequence[int]) -> bytes:
-  """Returns a `tf.train.Example`, the same bytes for the same values."""
-  from tensorflow_datasets.proto import tf_example_pb2
-
-  found = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
-  for key, value in features.items():
-    feature = found.features.feature[key]
-    if isinstance(value, bytes | str):
-      value = value.encode() if isinstance(value, str) else value
-      feature.bytes_list.value.append(value)
-    else:
-      feature.int64_list.value.extend([value] if isinstance(value, int) else value)
-  return found.SerializeToString(deterministic=True)
-
-
-def writer(path: pathlib.Path, file_format: str) -> Any:
-  """Opens a file of records for writing."""
-  errors.check_choice('file_format', file_format, FORMATS)
-  if file_format == 'tfrecord':
-    return tfrecord.Writer(str(path))
-  import array_record.python.array_record_module as array_record_module
-
-  # One record per group: what random access needs.
-  return array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
-
-
-def _records(path: pathlib.Path, file_format: str) -> Any:
-  if file_format == 'tfrecord':
-    return tfrecord.TfRecords(str(path))
-  from array_record.python import array_record_data_source
-
-  return array_record_data_source.ArrayRecordDataSource([str(path)])
 
 
 def _sync(path: pathlib.Path) -> None:
@@ -169,7 +131,7 @@ class _Files:
       self.parts.append({'file': path.name, 'count': 0, 'bytes': 0})
       self._temporary = path.with_name(f'{path.name}.{os.getpid()}')
       with _explained(path):
-        self._writer = writer(self._temporary, self._format)
+        self._writer = records.writer(self._temporary, self._format)
     part = self.parts[-1]
     with _explained(self._stem.with_name(part['file'])):
       self._writer.write(content)
@@ -187,7 +149,7 @@ class _Files:
         self._writer = None
         _sync(self._temporary)
         if self._format == 'array_record':
-          found = len(_records(self._temporary, self._format))
+          found = len(records.reader(self._temporary, self._format))
           if found != part['count']:
             raise OSError(f'it holds {found} of {part["count"]} records')
         part['size'] = self._temporary.stat().st_size
@@ -269,9 +231,9 @@ def _join(work: pathlib.Path, split: str, parts: list[dict[str, Any]], spec: Spe
   """Copies many small files into few."""
   joined = _Files(work / f'joined-{split}', spec.file_format, spec.shard_bytes)
   for part in parts:
-    records = _records(work / part['file'], spec.file_format)
-    for i in range(len(records)):
-      joined.add(records[i])
+    source = records.reader(work / part['file'], spec.file_format)
+    for i in range(len(source)):
+      joined.add(source[i])
   return joined.finish()
 
 
@@ -299,17 +261,13 @@ def _metadata(folder: pathlib.Path, found: dict[str, Any], spec: Spec) -> None:
   import tensorflow_datasets as tfds
 
   infos = [
-    tfds.core.SplitInfo(
-      name=split,
-      shard_lengths=[part['count'] for part in parts],
-      num_bytes=sum(part['bytes'] for part in parts),
-      filename_template=tfds.core.ShardedFileTemplate(
-        dataset_name=spec.name,
-        data_dir=epath.Path(folder),
-        split=split,
-        filetype_suffix=spec.file_format,
-        template=_TEMPLATE,
-      ),
+    records.split_info(
+      spec.name,
+      split,
+      [part['count'] for part in parts],
+      sum(part['bytes'] for part in parts),
+      folder,
+      spec.file_format,
     )
     for split, parts in found['splits'].items()
   ]
@@ -361,7 +319,7 @@ def _finish(work: pathlib.Path, found: dict[str, Any], spec: Spec) -> pathlib.Pa
 
 def refuse_existing(spec: Spec, data_dir: pathlib.Path, overwrite: bool) -> None:
   """Raises what `build` raises before any work."""
-  errors.check_choice('file_format', spec.file_format, FORMATS)
+  errors.check_choice('file_format', spec.file_format, records.FORMATS)
   if str(data_dir).startswith(('gs:', 's3:')):
     raise PreparationError(
       f'{data_dir}: data sets are prepared on a local disk; copy the finished folder to the bucket'
