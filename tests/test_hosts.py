@@ -164,6 +164,19 @@ def test_processes_meet_or_say_why_not():
   assert time.monotonic() - began < 5
 
 
+@pytest.mark.fast
+def test_who_came_early_hears_the_verdict_of_a_first_process_that_began_later():
+  address = _free_address()
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    early = pool.submit(rendezvous.meet, address, 3, 2, 1.0)
+    time.sleep(0.6)
+    late = pool.submit(rendezvous.meet, address, 3, 0, 1.0)
+    with pytest.raises(ValueError, match=r'processes \[1\] of 3 did not come'):
+      early.result()
+    with pytest.raises(TimeoutError, match=r'processes \[1\] of 3 did not come'):
+      late.result()
+
+
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('data')

@@ -9,6 +9,8 @@ import json
 import socket
 import time
 
+_GRACE = 5.0  # seconds in which the first process's verdict arrives
+
 
 def meet(address: str, count: int, index: int, seconds: float) -> None:
   """Returns when all processes are there and agree.
@@ -17,7 +19,7 @@ def meet(address: str, count: int, index: int, seconds: float) -> None:
     address: host and port of the first process.
     count: how many processes there are.
     index: which this is.
-    seconds: how long it waits.
+    seconds: how long it waits: for the first process, and for the others from when that answers.
 
   Raises:
     TimeoutError: naming who did not come.
@@ -40,7 +42,7 @@ def _host(port: int, count: int, end: float, seconds: float) -> None:
       server.settimeout(max(end - time.monotonic(), 0.01))
       try:
         guest = stack.enter_context(server.accept()[0])
-        guest.settimeout(5)
+        guest.settimeout(_GRACE)
         theirs = json.loads(guest.makefile().readline())
         number, total = int(theirs['index']), int(theirs['count'])
       except (ValueError, KeyError, TypeError, ConnectionError):
@@ -79,6 +81,8 @@ def _join(host: str, port: int, count: int, index: int, end: float, seconds: flo
   while (left := end - time.monotonic()) > 0:
     try:
       with socket.create_connection((host, port), timeout=left) as own:
+        # The first process, which knows who is missing, may have begun to wait later than this one.
+        own.settimeout(seconds + _GRACE)
         own.sendall(json.dumps({'index': index, 'count': count}).encode() + b'\n')
         answer = own.makefile().readline()
     except TimeoutError:
