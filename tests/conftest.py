@@ -4,7 +4,10 @@ import gc
 import os
 import pathlib
 
+from tests import compilation
+
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('XLA_FLAGS', compilation.FLAGS)
 # Children and workers inherit these. Without the next, glibc gives every large buffer back to the
 # kernel and has it cleared again.
 os.environ.setdefault(

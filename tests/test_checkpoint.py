@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests import compilation
 from vision_attention import checkpoint
 from vision_attention.training import state
 
@@ -172,7 +173,7 @@ def test_a_state_split_over_four_devices_is_read_by_one(tmp_path):
     env={
       'PATH': '',
       'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+      'XLA_FLAGS': compilation.flags(4),
     },
   )
   loaded = checkpoint.load_variables(tmp_path)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import coatnet0, common, resnet50, vit_s16
+from tests import compilation
 from vision_attention import planning
 from vision_attention.training import optimizer, state
 
@@ -318,7 +319,7 @@ def test_a_dry_run_needs_no_data(tmp_path):
     env={
       'PATH': '',
       'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+      'XLA_FLAGS': compilation.flags(4),
     },
   )
   assert done.returncode == 0, done.stderr

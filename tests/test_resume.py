@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import vision_attention as va
+from tests import compilation
 from vision_attention import checkpoint
 from vision_attention.data import builders
 from vision_attention.models import tree
@@ -51,7 +52,7 @@ def _start(workdir, data_dir, devices, *more, **variables):
     'TFDS_DATA_DIR': str(data_dir),
     'JAX_PLATFORMS': 'cpu',
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # programs this short cost most to compile
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': compilation.flags(devices),
     **variables,
   }
   command = [sys.executable, 'main.py', '--config=configs/coatnet0.py:local', *OVERRIDES]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from vision_attention.attention import spatial_reduction
 from vision_attention.layers import conv, drop_path, heads, mlp, norm, stage
 from vision_attention.models import base
+from vision_attention.ops import reduction
 
 _INIT = nn.initializers.truncated_normal(0.02)
 
@@ -54,7 +55,7 @@ class Embed(nn.Module):
     )
     x = norm.LayerNorm(1e-5, name='norm', **types)(layer(x))
     position = self.param('position', _INIT, x.shape[1:], self.param_dtype)
-    return x + jnp.asarray(position).astype(self.dtype)
+    return reduction.add_shared(x, jnp.asarray(position).astype(self.dtype))
 
 
 class PVT(nn.Module):

@@ -16,7 +16,7 @@ from vision_attention import errors
 from vision_attention.attention import map_pool, mhsa, operators
 from vision_attention.layers import conv, drop_path, heads, mlp, norm, stage
 from vision_attention.models import base, vit_hybrid, vit_variants
-from vision_attention.ops import position_embedding
+from vision_attention.ops import position_embedding, reduction
 
 VARIANTS = vit_variants.VARIANTS
 REFERENCES = vit_variants.REFERENCES
@@ -98,7 +98,7 @@ class VisionTransformer(nn.Module):
     x = conv.Conv(
       self.dim, self.patch, self.patch, padding='valid', use_bias=True, name='embed', **types
     )(x)
-    x = x + self._position().astype(self.dtype)
+    x = reduction.add_shared(x, self._position().astype(self.dtype))
     if self.class_token:
       x = x.reshape(len(x), -1, self.dim)
       x = jnp.concatenate([jnp.broadcast_to(self._cls(), (len(x), 1, self.dim)), x], axis=1)

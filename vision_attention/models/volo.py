@@ -18,7 +18,7 @@ from vision_attention import errors
 from vision_attention.attention import class_attention, mhsa, operators, outlook
 from vision_attention.layers import conv, drop_path, initializers, mlp, norm, stage
 from vision_attention.models import base, resnet_blocks, vit, volo_variants
-from vision_attention.ops import mix_token
+from vision_attention.ops import mix_token, reduction
 
 VARIANTS = volo_variants.VARIANTS
 REFERENCES = volo_variants.REFERENCES
@@ -149,7 +149,7 @@ class Volo(nn.Module):
     )(x)
     shape = (*self.grid, self.dim)
     position = self.param('position', nn.initializers.normal(0.02), shape, self.param_dtype)
-    x = x + jnp.asarray(position).astype(self.dtype)
+    x = reduction.add_shared(x, jnp.asarray(position).astype(self.dtype))
     return nn.Dropout(self.dropout, deterministic=not train)(x)
 
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vision_attention.ops import reduction
+
 
 def attention_logits(
   query: Float[Array, 'b q n d'],
@@ -15,7 +17,10 @@ def attention_logits(
   """Returns `scale * query . key + bias` in float32; the scale is `d ** -0.5` unless given."""
   factor = query.shape[-1] ** -0.5 if scale is None else scale
   logits = jnp.einsum('bqnd,bknd->bnqk', query * factor, key, preferred_element_type=jnp.float32)
-  return logits if bias is None else logits + bias.astype(jnp.float32)
+  if bias is None:
+    return logits
+  bias = bias.astype(jnp.float32)
+  return logits + bias if len(bias) > 1 else reduction.add_shared(logits, bias[0])
 
 
 def attention_weights(
@@ -34,11 +39,13 @@ def attend(
 ) -> Float[Array, 'b q n e']:
   """Returns `softmax(logits) value`, in the values' type; see `dot_product_attention`."""
   weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-  total = jnp.einsum('bnqk->bqn', weights)
+  total = jnp.einsum('bnqk->bnq', weights)
+  # Heads come first in both factors: a product that also moves axes takes twice as long on a CPU.
+  value = value.swapaxes(1, 2)
   mixed = jnp.einsum(
-    'bnqk,bkne->bqne', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    'bnqk,bnke->bnqe', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
   )
-  return (mixed / total[..., None]).astype(value.dtype)
+  return (mixed / total[..., None]).astype(value.dtype).swapaxes(1, 2)
 
 
 def dot_product_attention(

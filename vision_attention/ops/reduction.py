@@ -1,4 +1,4 @@
-"""Reductions whose gradient does not depend on how a compiler rounds."""
+"""Reductions whose gradient neither waits for a compiler nor depends on how it rounds."""
 
 import functools
 from typing import Any
@@ -35,3 +35,38 @@ def _backward(axis: int, x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
 
 
 _first_max.defvjp(_forward, _backward)
+
+
+# XLA sums rows on a CPU one element at a time where there are few of them: up to 50 times slower.
+_FEW = 256
+
+
+@jax.custom_vjp
+def add_shared(x: Float[Array, 'b *s'], shared: Float[Array, '*t']) -> Float[Array, 'b *s']:
+  """Returns `x + shared`, where all examples of `x` share one array, such as a table of biases.
+
+  The sum is that of broadcasting. Its gradient, a sum over examples, has a form of its own on CPU.
+  """
+  return x + shared
+
+
+def _add_forward(x: jax.Array, shared: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return x + shared, shared
+
+
+def _add_backward(shared: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+  examples = len(g)
+
+  def by_product(g: jax.Array) -> jax.Array:
+    # Eight equal rows: the product of a vector and a matrix would be a loop, too.
+    rows = jnp.ones((8, examples), g.dtype) @ g.reshape(examples, -1)
+    return rows[0].reshape(g.shape[1:])
+
+  on_cpu = by_product if examples <= _FEW else lambda g: g.sum(0)
+  total = lax.platform_dependent(g, cpu=on_cpu, default=lambda g: g.sum(0))
+  shape = (1,) * (total.ndim - shared.ndim) + shared.shape
+  axes = [i for i, size in enumerate(shape) if size == 1 != total.shape[i]]
+  return g, total.sum(axes, keepdims=True).reshape(shared.shape).astype(shared.dtype)
+
+
+add_shared.defvjp(_add_forward, _add_backward)

@@ -246,10 +246,9 @@ def window_logits(
     scale: factor of the products, `d ** -0.5` unless given.
   """
   batch, windows = query.shape[:2]
-  logits = attention.attention_logits(fold(query), fold(key), scale=scale)
+  shared = None if bias is None else bias[None]
+  logits = attention.attention_logits(fold(query), fold(key), shared, scale=scale)
   logits = logits.reshape(batch, windows, *logits.shape[1:])
-  if bias is not None:
-    logits = logits + bias.astype(jnp.float32)
   return logits if seen is None else logits + jnp.where(seen, 0.0, _HIDDEN)[:, None]
 
 

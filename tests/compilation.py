@@ -1,0 +1,14 @@
+"""How tests compile: programs that run once or twice cost most to compile.
+
+XLA's newer emitters of fused loops on CPU, and code generation split into many parts, compile three
+times as long. What is computed does not depend on either but for rounding.
+"""
+
+import os
+
+FLAGS = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+
+
+def flags(devices: int) -> str:
+  """Returns `XLA_FLAGS` of a process in which the CPU counts as so many devices."""
+  return f'{os.environ.get("XLA_FLAGS", FLAGS)} --xla_force_host_platform_device_count={devices}'
