@@ -19,6 +19,8 @@ DATASETS = {
   'imagenet21k': {'num_classes': 21_841, 'num_train': 12_700_000, 'eval_split': 'validation'},
   'fashion_mnist': {'num_classes': 10, 'num_train': 60_000, 'eval_split': 'test'},
   'jft300m': {'num_classes': 18_291, 'num_train': 303_000_000, 'eval_split': 'validation'},
+  # "Nearly 3 billion" images.
+  'jft3b': {'num_classes': 29_593, 'num_train': 3_000_000_000, 'eval_split': 'validation'},
   'cifar10': {'num_classes': 10, 'num_train': 50_000, 'eval_split': 'test'},
   'cifar100': {'num_classes': 100, 'num_train': 50_000, 'eval_split': 'test'},
   'oxford_iiit_pet': {'num_classes': 37, 'num_train': 3680, 'eval_split': 'test'},
@@ -237,6 +239,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.num_train = 0
   config.data.train_ops = ('random_resized_crop({size}, area=(0.05, 1.0))', 'flip()')
   config.data.eval_ops = ('center_crop({size})',)
+  config.data.label_maps = ''  # folder of label maps, of every training image
+  config.data.label_geometry = 'image'  # or 'released', where they are cut wrong as in the code
   config.data.repeats = 1  # augmented copies of an image in a row; an epoch stays as long
   config.data.mean = (0.485, 0.456, 0.406)
   config.data.std = (0.229, 0.224, 0.225)
@@ -275,7 +279,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.distill.temperature = 3.0  # of 'soft'
   config.tokens = ml_collections.ConfigDict()
   config.tokens.weight = 0.0  # of the loss of every token's label, beside the image's
-  config.tokens.labels = 'image'  # or 'teacher'
+  config.tokens.labels = 'image'  # or 'teacher', or 'maps', those of data.label_maps
+  config.tokens.ground_truth = False  # whether the image's own label corrects the maps'
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = 'adamw'
@@ -288,6 +293,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.momentum_dtype = 'float32'
   config.optimizer.weight_decay = 0.0
   config.optimizer.weight_decay_mask = ('/kernel$',)
+  config.optimizer.weight_decay_multipliers = ()  # pairs of pattern and factor of its decay
   config.optimizer.weight_decay_times_lr = True
   config.optimizer.lr_multipliers = ()
   config.optimizer.layer_decay = 1.0  # of the learning rate, per layer from the head to the stem

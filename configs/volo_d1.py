@@ -1,23 +1,26 @@
 """VOLO (arXiv 2106.13112) by the recipes of its code.
 
-  python main.py --config=configs/volo_d1.py
+  python main.py --config=configs/volo_d1.py:maps=data/label_maps/imagenet2012
   python main.py --config=configs/volo_d1.py:variant=volo_d2
   python main.py --config=configs/volo_d1.py:teacher_name=convnext_large,teacher=convnext_large.pth
-  python main.py --config=configs/volo_d1.py:variant=volo_d3,size=448,init=runs/volo_d3
+  python main.py --config=configs/volo_d1.py:variant=volo_d3,init=runs/volo_d3,maps=<folder>
   python main.py --config=configs/volo_d1.py:local --workdir=runs/digits
 
-Arguments: `variant`, of VOLO or ELSA-VOLO; `data`; `teacher`, weights of a convolutional network
-that labels tokens, `teacher_name`, its model, and `teacher_source`, whose weights; `init`, the run
-that fine-tuning starts from; `size`, of the images, by the variant unless given; `local`.
+Arguments: `variant`, of VOLO or ELSA-VOLO; `data`; `maps`, the folder of the published label maps
+(`python tools/prepare_data.py label_maps`), by which tokens are labelled as in the paper, or
+`teacher`, weights of a convolutional network that labels them, `teacher_name`, its model, and
+`teacher_source`, whose weights; without either, tokens have their image's label, as in the code;
+`init`, the run that fine-tuning starts from; `size`, of the images, by the variant unless given;
+`local`.
 
 Published top-1 at 224 pixels: VOLO-D1 84.2, -D2 85.2, -D3 85.4, -D4 85.7, -D5 86.1; fine-tuned -D1
 85.2 and -D2 86.0 at 384, -D3 86.3, -D4 86.8 and -D5 87.0 at 448, and -D5 87.1 at 512. Cost: not
 published. The runs have not been repeated here.
 
-What differs from the original: labels of tokens come from a teacher that sees what the model sees,
-or else are those of the image, where the original reads maps that an NFNet-F6 made of whole images
-beforehand; in fine-tuning the label of the class token is the image's alone. The crops of
-evaluation at 448 pixels and more leave no black border.
+What differs from the code: a token's label is that of its place in the image. The code takes a map
+of an image's middle square for one of the whole image, and exchanges the axes of a crop's place:
+`--config.data.label_geometry=released` does, too, but for RandAugment, whose moves it applies to
+the map in whole cells. D4 and D5 are evaluated in a black border, as the code has it at all sizes.
 
 `local` trains a small VOLO with labels of tokens and mixed tokens on scikit-learn's digits, in a
 minute or two on two CPU cores, to at least 90 % of the 355 test images.
@@ -43,6 +46,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     arg,
     variant='volo_d1',
     data='imagenet2012',
+    maps='',
     teacher='',
     teacher_name='convnext_large',
     teacher_source='',
@@ -65,13 +69,22 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.mixing.cutmix_alpha = 0.0
   config.model.options = {'drop_path': drop_path, 'mix_token': 1.0}
   config.tokens.weight = 0.5
+  if args.maps and args.teacher:
+    raise ValueError('config arguments maps and teacher both label tokens: leave one out')
+  if args.maps:
+    config.tokens.labels = 'maps'
+    config.tokens.ground_truth = bool(args.init)
+    config.data.label_maps = args.maps
+    # Whole images are flipped and augmented, with their maps, and then cut.
+    crop, *others = config.data.train_ops
+    config.data.train_ops = (*others, crop)
   if args.teacher:
     config.tokens.labels = 'teacher'
     config.teacher.name = args.teacher_name
     config.teacher.path = args.teacher
     config.teacher.source = args.teacher_source
   config.image_size = args.size or (fine_size if args.init else 224)
-  ratio = 1.0 if config.image_size > 224 else 0.96
+  ratio = 1.15 if size in ('d4', 'd5') else 0.96
   config.data.eval_ops = (f'center_crop({{size}}, ratio={ratio})',)
   config.optimizer.name = 'adamw'
   # Neither biases nor norms nor positions nor the class token decay.

@@ -15,6 +15,8 @@ def config(data_dir: str | os.PathLike, **changes: Any) -> ml_collections.Config
     'eval_split': 'test',
     'train_ops': ('resize(16)', 'pad_crop(2)', 'rand_augment(2, 9)'),
     'eval_ops': ('resize(16)',),
+    'label_maps': '',
+    'label_geometry': 'image',
     'repeats': 1,
     'on_corrupt': 'raise',
     'num_threads': 2,

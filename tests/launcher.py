@@ -179,7 +179,7 @@ def _child(request: dict[str, Any]) -> None:
   errors.run(lambda: sharding.join_processes(mesh.join_seconds, mesh.heartbeat_seconds))
   job = functools.partial(train.train_and_evaluate, config, pathlib.Path(request['workdir']))
   errors.run(lambda: sharding.end_if_others_are_lost(job))
-  if request.get('environment', {}).get('JAX_COORDINATOR_ADDRESS'):
+  if jax.process_count() > 1:
     jax.distributed.shutdown()
 
 

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests import inputs
 from vision_attention.data import builders, pipeline, preprocessing, randaugment, source
@@ -90,7 +90,7 @@ def test_batches_are_a_function_of_the_step_and_of_no_number_of_processes(data_d
     for key in a:
       np.testing.assert_array_equal(a[key], b[key])
   shares = [batches(7, 1, process_index=i, process_count=2)[0]['image'] for i in range(2)]
-  np.testing.assert_array_equal(np.stack(shares, 1).reshape(8, 16, 16, 3), whole[7]['image'])
+  np.testing.assert_array_equal(np.concatenate(shares), whole[7]['image'])
   labels = [np.concatenate([b['label'] for b in whole[i : i + 90]]) for i in (0, 90)]
   assert not np.array_equal(*labels)
   assert np.bincount(np.concatenate([b['label'] for b in whole[:180]])).min() > 130
@@ -116,6 +116,9 @@ def test_phases_change_the_operations_and_nothing_else(data_dir):
   for start in (2, 3, 6):
     for a, b in zip(take(start, 2, phases=phases), staged[start:], strict=False):
       np.testing.assert_array_equal(a['image'], b['image'])
+  shares = [take(2, 4, phases=phases, process_index=i, process_count=4) for i in range(4)]
+  for *parts, whole in zip(*shares, staged[2:6], strict=True):
+    np.testing.assert_array_equal(np.concatenate([b['image'] for b in parts]), whole['image'])
 
 
 def test_repeats_are_copies_in_a_row_with_augmentations_of_their_own(data_dir):
@@ -132,24 +135,42 @@ def test_repeats_are_copies_in_a_row_with_augmentations_of_their_own(data_dir):
   np.testing.assert_array_equal(later[2]['image'], ahead['image'])
   augmented = inputs.config(data_dir, train_ops=('resize(8)', 'pad_crop(2)'), repeats=3)
   copies = next(pipeline.train_batches(augmented, seed=0, batch_size=12, start_step=0))['image']
+  shares = [
+    next(
+      pipeline.train_batches(
+        augmented, seed=0, batch_size=12, start_step=0, process_index=i, process_count=4
+      )
+    )
+    for i in range(4)
+  ]
+  np.testing.assert_array_equal(np.concatenate([b['image'] for b in shares]), copies)
   copies = copies.reshape(4, 3, -1)
   assert (copies != copies[:, :1]).any()
 
 
-def test_evaluation_counts_every_example_once(data_dir):
-  whole = []
+@pytest.mark.parametrize('batch_size', [48, 384, 768])
+def test_evaluation_counts_every_example_once_and_in_order(batch_size, data_dir):
+  """Also where a process has no example of the last batch, or none at all."""
   config = inputs.config(data_dir)
-  for count in (1, 3):
+
+  def read(count):
     parts = [
-      pipeline.eval_batches(config, batch_size=48, process_index=i, process_count=count)
+      pipeline.eval_batches(config, batch_size=batch_size, process_index=i, process_count=count)
       for i in range(count)
     ]
-    batches = [list(part) for part in parts]
-    assert len({len(b) for b in batches}) == 1, 'every process takes as many steps'
-    assert sum(b['mask'].sum() for part in batches for b in part) == parts[0].num_examples == 355
-    labels = [b['label'][b['mask'] > 0] for part in batches for b in part]
-    whole.append(np.bincount(np.concatenate(labels)))
-  np.testing.assert_array_equal(*whole)
+    assert all(part.num_examples == 355 for part in parts)
+    steps = zip(*parts, strict=True)  # every process takes as many
+    return [{key: np.concatenate([b[key] for b in step]) for key in step[0]} for step in steps]
+
+  whole = read(1)
+  records = source.Source('digits', 'test', str(data_dir))
+  mask, label = (np.concatenate([b[key] for b in whole]) for key in ('mask', 'label'))
+  assert (mask == (np.arange(len(mask)) < 355)).all()
+  assert list(label[:355]) == [records[i].label for i in range(355)]
+  for batch, expected in zip(read(3), whole, strict=True):
+    assert batch.keys() == expected.keys()
+    for key in batch:
+      np.testing.assert_array_equal(batch[key], expected[key], key)
 
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
@@ -206,12 +227,39 @@ def test_three_augment_does_one_of_three():
   solar = np.where(pixels < 128, pixels, 255 - pixels)
   rng, kinds = np.random.default_rng(0), []
   for _ in range(60):
-    found = np.asarray(preprocessing.three_augment()(image, rng))
+    found = preprocessing.compose(['three_augment'])(image, rng)
     same = [(found == grey).all(), (found == solar).all()]
     kinds.append(same.index(True) if any(same) else 2)
     if not any(same):
       assert found.std() <= pixels.std()
   assert min(kinds.count(kind) for kind in range(3)) >= 10
+
+
+def _timm_crop(image, size, ratio):
+  """timm's evaluation by torchvision's rules: the short side, black borders, the middle."""
+  short, long = int(np.floor(size / ratio)), int(int(np.floor(size / ratio)) * max(image.size))
+  long = int(long / min(image.size))
+  w, h = (short, long) if image.size[0] <= image.size[1] else (long, short)
+  image = image.resize((w, h), Image.Resampling.BICUBIC)
+  if w < size or h < size:
+    x, y = max(0, size - w), max(0, size - h)
+    image = ImageOps.expand(image, (x // 2, y // 2, (x + 1) // 2, (y + 1) // 2), 0)
+  left, top = (round((side - size) / 2.0) for side in image.size)
+  return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+@pytest.mark.parametrize('ratio', [0.875, 0.9, 0.96, 1.0, 1.15])
+def test_center_crop_is_timms_to_the_pixel(ratio):
+  """Ratios above 1, VOLO's for large models, leave a black border."""
+  crop = preprocessing.compose([f'center_crop(56, ratio={ratio})'])
+  for size in ((83, 125), (125, 94), (61, 62), (40, 131), (64, 64)):
+    pixels = np.random.default_rng(0).integers(1, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(pixels)
+    expected = _timm_crop(image, 56, ratio)
+    np.testing.assert_array_equal(crop(image, np.random.default_rng(0)), expected)
+    assert expected[0, 0].any() == (ratio <= 1)
+  with pytest.raises(ValueError, match='give a positive one'):
+    preprocessing.compose(['center_crop(56, ratio=0)'])
 
 
 def test_center_crop_takes_the_middle():

@@ -19,6 +19,7 @@ from sklearn import metrics as reference
 
 import train
 from configs import resnet50
+from tests import compilation
 from vision_attention import checkpoint, planning
 from vision_attention.data import builders
 from vision_attention.models import transfer
@@ -390,9 +391,9 @@ _PROCESS = """
   place, index = sharding.batch_sharding(mesh), jax.process_index()
   logits, labels = t._data(37)
   def batches():
-    # Examples are dealt out in turn, as the pipeline does.
+    # Each has a block of every batch, as the pipeline does.
     for batch in t._batches(logits, labels, 8):
-      mine = {key: x[index::2] for key, x in batch.items()}
+      mine = {key: np.split(x, 2)[index] for key, x in batch.items()}
       yield {k: jax.make_array_from_process_local_data(place, x) for k, x in mine.items()}
   print(json.dumps(evaluate.evaluate(t.STEP, {}, batches(), 37)))
 """
@@ -404,7 +405,7 @@ def test_two_processes_find_what_one_does():
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
   variables = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2'}
-  variables |= {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  variables |= {'XLA_FLAGS': compilation.flags(2)}
   pair = [
     subprocess.Popen(
       [sys.executable, '-c', textwrap.dedent(_PROCESS)],

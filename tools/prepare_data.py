@@ -9,10 +9,13 @@
   python tools/prepare_data.py imagenet21k --input=winter21_whole.tar.gz --classes=winter21
   python tools/prepare_data.py imagenet_v2 --input=<folder> --variant=matched-frequency
   python tools/prepare_data.py imagenet_r --input=<folder>    # also _a, _sketch, imagenet2012_real
+  python tools/prepare_data.py label_maps --input=<folder>    # of n01440764/*.pt; imagenet2012's
 
 ImageNet's may be killed and repeated: finished files are kept, and the data set appears when it is
-whole, the same to the byte. Fashion-MNIST's files are in Debian's package dataset-fashion-mnist. A
-data set lands in `--data_dir` (default: $TFDS_DATA_DIR or `data`), where training looks for it.
+whole, the same to the byte. Label maps (github.com/zihangJiang/TokenLabeling) need it first, and
+land in `label_maps/imagenet2012`, for `config.data.label_maps`. Fashion-MNIST's files are in
+Debian's package dataset-fashion-mnist. A data set lands in `--data_dir` (default: $TFDS_DATA_DIR or
+`data`), where training looks for it.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import os
 import pathlib
 import sys
 
+from vision_attention import torch_file
 from vision_attention.data import builders, ham10000
 
 FASHION = (
@@ -63,11 +67,20 @@ def _large(args: argparse.Namespace) -> pathlib.Path:
   )
 
 
+def _label_maps(args: argparse.Namespace) -> pathlib.Path:
+  """Writes the label maps of a data set's training images."""
+  from vision_attention.data import label_maps, source
+
+  name = args.name or 'imagenet2012'
+  records = source.Source(name, 'train', str(args.data_dir))
+  return label_maps.write(args.data_dir / 'label_maps' / name, records, args.input, torch_file.load)
+
+
 def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('kind', choices=(*SMALL, *LARGE))
+  parser.add_argument('kind', choices=(*SMALL, *LARGE, 'label_maps'))
   parser.add_argument('--name', help='of the data set; digits and ham10000 need none')
   parser.add_argument(
     '--input', '--source', type=pathlib.Path, help='folder of the files, or archive'
@@ -94,6 +107,9 @@ def main() -> int:
   holdout = args.kind == 'ham10000' and args.splits == 'holdout'
   name = args.name or ('ham10000_holdout' if holdout else args.kind)
   try:
+    if args.kind == 'label_maps':
+      print(f'wrote label maps to {_label_maps(args)}')
+      return 0
     if args.kind in LARGE:
       print(f'wrote {args.kind} to {_large(args)}')
       return 0

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from vision_attention import errors, macs, planning
-from vision_attention.training import sharding, state
+from vision_attention.training import objective, sharding, state
 
 # Usable bytes of a device, as the compiler names them when a program is too large.
 _GIB = 2**30
@@ -127,11 +127,18 @@ def compile_step(config: Any, topology: str, batch_per_device: int | None = None
   arguments = list(jax.tree.map(place, plan.shapes, plan.places))
   batch, (height, width) = plan.config.batch_size, plan.info.image_size
   split = sharding.batch_sharding(plan.mesh)
+  fields: dict[str, tuple[tuple[int, ...], Any]] = {
+    'image': ((height, width, 3), jnp.uint8),
+    'label': ((), jnp.int32),
+    'corrupt': ((), jnp.int32),
+  }
+  if plan.config.data.label_maps:
+    fields['label_map'] = objective.PUBLISHED_MAP, jnp.float16
+    fields |= {'label_view': ((2, 3), jnp.float32), 'label_bounds': ((2, 2), jnp.float32)}
   arguments.append(
     {
-      'image': jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8, sharding=split),
-      'label': jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=split),
-      'corrupt': jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=split),
+      key: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=split)
+      for key, (shape, dtype) in fields.items()
     }
   )
   if plan.teacher is not None:

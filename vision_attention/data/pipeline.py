@@ -2,12 +2,15 @@
 
 The chain is random access from end to end, so batch `k` is the same whether the run came to it or
 began there, and whatever the number of processes: shuffle and repeat the record numbers, read and
-augment each with a generator seeded by (seed, position), deal the positions out to processes,
-batch. What a checkpoint must remember of the input is the step.
+augment each with a generator seeded by (seed, position), batch. Each process reads one block of
+every batch, and the blocks in the processes' order are the batch of one process, so that what
+depends on a place in it (pairs of mixup, dropped paths) is the same as well. What a checkpoint must
+remember of the input is the step.
 
 Reads of `config.data`: `name`, `data_dir`, `train_split`, `eval_split`, `train_ops`, `eval_ops`
-(see `data.preprocessing`), `repeats` (augmented copies of an image in a row), `on_corrupt`
-(`raise` or `skip`), `num_threads`, `num_workers`, `prefetch`.
+(see `data.preprocessing`), `repeats` (augmented copies of an image in a row), `label_maps` and
+`label_geometry` (see `data.label_maps`), `on_corrupt` (`raise` or `skip`), `num_threads`,
+`num_workers`, `prefetch`.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ import grain
 import numpy as np
 
 from vision_attention import errors
-from vision_attention.data import preprocessing, source
+from vision_attention.data import label_maps, preprocessing, source
 
 Batch = dict[str, np.ndarray]
 _MAX_SKIPS = 100
@@ -43,6 +46,14 @@ def dataset_info(config: Any) -> DatasetInfo:
   errors.check_choice('config.data.on_corrupt', config.on_corrupt, ('raise', 'skip'))
   train = source.Source(config.name, config.train_split, config.data_dir or None)
   evaluation = source.Source(config.name, config.eval_split, config.data_dir or None)
+  if config.label_maps:
+    label_maps.check_operations(config.train_ops, config.label_geometry)
+    maps = label_maps.LabelMaps(config.label_maps, config.name, train.num_classes)
+    if len(maps) < len(train):
+      raise source.MissingDataError(
+        f'config.data.label_maps {config.label_maps!r} has {len(maps)} maps and {config.name} '
+        f'{len(train)} images in {config.train_split}: make the maps of all of them'
+      )
   return DatasetInfo(train.num_classes, len(train), len(evaluation), train.label_names)
 
 
@@ -58,10 +69,17 @@ class Decoded:
     records: the encoded source.
     on_corrupt: `raise` or `skip`.
     several: whether all labels of an example are given, beside the first one.
+    maps: of the images, if examples have them.
   """
 
-  def __init__(self, records: source.Source, on_corrupt: str, several: bool = False):
-    self._records, self._several = records, several
+  def __init__(
+    self,
+    records: source.Source,
+    on_corrupt: str,
+    several: bool = False,
+    maps: label_maps.LabelMaps | None = None,
+  ):
+    self._records, self._several, self._maps = records, several, maps
     self._skip = on_corrupt == 'skip'
 
   def __len__(self) -> int:
@@ -76,6 +94,11 @@ class Decoded:
           'label': np.int32(record.label),
           'corrupt': np.int32(offset > 0),
           **({'labels': record.labels} if self._several else {}),
+          **(
+            {'label_map': self._maps.find(record.image, record.name)}
+            if self._maps is not None
+            else {}
+          ),
         }
       except preprocessing.CorruptImageError as error:
         if not self._skip:
@@ -108,13 +131,18 @@ class _Repeated(grain.MapDataset):
 
 
 class _Augment(grain.transforms.RandomMap):
-  """Applies the operations of the config to an example's image."""
+  """Applies the operations of the config to an example's image, and says what became of a map."""
 
-  def __init__(self, texts: Sequence[str]):
-    self._apply = preprocessing.compose(texts)
+  def __init__(self, texts: Sequence[str], geometry: str = 'image'):
+    self._apply, self._geometry = preprocessing.compose(texts), geometry
 
   def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    return {**element, 'image': self._apply(element['image'], rng)}
+    trace, whole = preprocessing.Trace(), element['image'].size
+    image = self._apply(element['image'], rng, trace)
+    found = {**element, 'image': image}
+    if 'label_map' in element:
+      found |= label_maps.view(trace, whole, image.shape[1::-1], self._geometry)
+    return found
 
 
 def train_batches(
@@ -141,14 +169,17 @@ def train_batches(
 
   Yields:
     `image` uint8 `[b, h, w, 3]`, `label` int32 `[b]`, `corrupt` int32 `[b]` (1 for an example that
-    stands in for a corrupt one).
+    stands in for a corrupt one). With label maps also `label_map` float16 `[b, 2, n, h, w]`, and
+    where in it the image lies: `label_view` and `label_bounds`, see `label_maps.view`.
   """
   if batch_size % process_count:
     raise ValueError(f'batch_size {batch_size} is not a multiple of {process_count} processes')
   records = source.Source(config.name, config.train_split, config.data_dir or None)
-  dataset = (
-    grain.MapDataset.source(Decoded(records, config.on_corrupt)).seed(seed).shuffle().repeat()
-  )
+  maps = None
+  if config.label_maps:
+    maps = label_maps.LabelMaps(config.label_maps, config.name, records.num_classes)
+  decoded = Decoded(records, config.on_corrupt, maps=maps)
+  dataset = grain.MapDataset.source(decoded).seed(seed).shuffle().repeat()
   if config.repeats > 1:
     dataset = _Repeated(dataset, config.repeats, len(records))
   options = grain.ReadOptions(
@@ -156,9 +187,10 @@ def train_batches(
   )
 
   def batches(first: int, end: int | None, texts: Sequence[str]) -> Iterator[Batch]:
-    augmented = dataset.random_map(_Augment(texts))[process_index::process_count]
-    chosen = augmented.batch(batch_size // process_count, drop_remainder=True)[first:end]
-    found = chosen.to_iter_dataset(options)
+    blocks = dataset.random_map(_Augment(texts, config.label_geometry)).batch(
+      batch_size // process_count, drop_remainder=True
+    )
+    found = blocks[process_index::process_count][first:end].to_iter_dataset(options)
     if config.num_workers:
       found = found.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
     return iter(found)
@@ -204,21 +236,20 @@ class EvalBatches:
     dataset = (
       grain.MapDataset.source(Decoded(self._records, 'raise', self._records.has_several))
       .seed(0)
-      .random_map(_Augment(self._config.eval_ops))[index::count]
+      .random_map(_Augment(self._config.eval_ops))
     )
+    # This process's block of every batch; that of the last may be short, or of no example.
+    starts = range(index * share, self.num_examples, self._batch_size)
+    blocks = [dataset[start : start + share] for start in starts]
     options = grain.ReadOptions(
       num_threads=self._config.num_threads,
       prefetch_buffer_size=max(self._config.prefetch * share, self._config.num_threads),
     )
-    examples = iter(dataset.to_iter_dataset(options))
-    shape = None
+    examples = iter(grain.MapDataset.concatenate(blocks).to_iter_dataset(options) if blocks else ())
     for _ in range(len(self)):
       chunk = [example for _, example in zip(range(share), examples, strict=False)]
-      if chunk:
-        shape = chunk[0]['image'].shape
-      if shape is None:
-        raise ValueError(f'{count} processes are more than the {self.num_examples} eval images')
-      image = np.zeros((share, *shape), np.uint8)
+      first: Any = chunk[0] if chunk else dataset[0]
+      image = np.zeros((share, *first['image'].shape), np.uint8)
       label, mask = np.zeros(share, np.int32), np.zeros(share, np.float32)
       for i, example in enumerate(chunk):
         image[i], label[i], mask[i] = example['image'], example['label'], 1

@@ -1,4 +1,8 @@
-"""Operations on single images, chosen by config as text: `resize(224, interpolation=...)`."""
+"""Operations on single images, chosen by config as text: `resize(224, interpolation=...)`.
+
+Every operation takes an image, a generator and a `Trace`, by which something else can follow how
+the image's pixels move.
+"""
 
 import ast
 import inspect
@@ -15,13 +19,42 @@ from vision_attention.data import color, randaugment, tpu_randaugment
 
 # The reader runs many threads of its own.
 cv2.setNumThreads(1)
-Op = Callable[[Image.Image, np.random.Generator], Image.Image]
+Op = Callable[[Image.Image, np.random.Generator, 'Trace'], Image.Image]
 _FILTERS = {
   'nearest': Image.Resampling.NEAREST,
   'bilinear': Image.Resampling.BILINEAR,
   'bicubic': Image.Resampling.BICUBIC,
   'lanczos': Image.Resampling.LANCZOS,
 }
+
+
+class Trace:
+  """Where the pixels of an image come from.
+
+  Attributes:
+    steps: for every move, the 3x3 matrix from the place `(x, y, 1)` of a pixel after it to that
+      before it; in pixels, whose corners are at integers.
+  """
+
+  def __init__(self):
+    self.steps: list[np.ndarray] = []
+
+  def move(self, a: float, b: float, c: float, d: float, e: float, f: float) -> None:
+    """Adds a move: `(x, y)` comes from `(a x + b y + c, d x + e y + f)`."""
+    self.steps.append(np.array([[a, b, c], [d, e, f], [0, 0, 1]], np.float64))
+
+
+def _resize(
+  image: Image.Image,
+  size: tuple[int, int],
+  resample: Image.Resampling,
+  box: tuple[int, int, int, int],
+  trace: Trace,
+) -> Image.Image:
+  """A box of an image (left, top, right, bottom) resized to width and height."""
+  left, top, right, bottom = box
+  trace.move((right - left) / size[0], 0, left, 0, (bottom - top) / size[1], top)
+  return image.resize(size, resample, box=box)
 
 
 class CorruptImageError(ValueError):
@@ -80,7 +113,7 @@ def random_resized_crop(
   names = ('bilinear', 'bicubic') if interpolation == 'random' else (interpolation,)
   filters = [_filter(name) for name in names]
 
-  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
     resample = filters[rng.integers(2)] if len(filters) == 2 else filters[0]
     whole_w, whole_h = image.size
     for _ in range(10):
@@ -89,12 +122,12 @@ def random_resized_crop(
       w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
       if 0 < w <= whole_w and 0 < h <= whole_h:
         x, y = int(rng.integers(whole_w - w + 1)), int(rng.integers(whole_h - h + 1))
-        return image.resize((width, height), resample, box=(x, y, x + w, y + h))
+        return _resize(image, (width, height), resample, (x, y, x + w, y + h), trace)
     # No such crop lies in a very long image: take the largest in the middle.
     aspect = min(max(whole_w / whole_h, ratio[0]), ratio[1])
     w, h = min(whole_w, round(whole_h * aspect)), min(whole_h, round(whole_w / aspect))
     x, y = (whole_w - w) // 2, (whole_h - h) // 2
-    return image.resize((width, height), resample, box=(x, y, x + w, y + h))
+    return _resize(image, (width, height), resample, (x, y, x + w, y + h), trace)
 
   return apply
 
@@ -103,21 +136,48 @@ def resize(size: int | Sequence[int], interpolation: str = 'bicubic') -> Op:
   """The whole image resized to height and width, whatever its shape."""
   height, width = _pair(size)
   resample = _filter(interpolation)
-  return lambda image, rng: image.resize((width, height), resample)
+
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
+    return _resize(image, (width, height), resample, (0, 0, *image.size), trace)
+
+  return apply
 
 
 def center_crop(
   size: int | Sequence[int], ratio: float = 0.875, interpolation: str = 'bicubic'
 ) -> Op:
-  """The smaller side resized to `size / ratio`, then the middle cut out."""
+  """The smaller side resized to `size / ratio`, then the middle cut out.
+
+  To the pixel what timm and torchvision do: `size / ratio` is rounded down, and so is the longer
+  side, or to the nearest where `size` is not square; half of what is cut is rounded to the nearest,
+  and from the middle between two to the even one. Recipes in TensorFlow round otherwise, by a pixel
+  at most.
+
+  Args:
+    size: height and width of the result, or one number for both.
+    ratio: of the result to the smaller side; above 1 that side gets a black border.
+    interpolation: see `random_resized_crop`.
+  """
   height, width = _pair(size)
   resample = _filter(interpolation)
+  if not 0 < ratio <= min(height, width):
+    raise ValueError(f'center_crop({size}) has ratio {ratio}: give a positive one, such as 0.875')
+  inner = math.floor(height / ratio), math.floor(width / ratio)
 
-  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    scale = max(height / ratio / image.size[1], width / ratio / image.size[0])
-    w, h = max(width, round(image.size[0] * scale)), max(height, round(image.size[1] * scale))
-    image = image.resize((w, h), resample)
-    x, y = (w - width) // 2, (h - height) // 2
+  def offset(have: int, want: int) -> int:
+    return round((have - want) / 2) if have >= want else -((want - have) // 2)
+
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
+    w, h = image.size
+    if inner[0] == inner[1]:
+      long = int(inner[0] * max(w, h) / min(w, h))
+      w, h = (inner[0], long) if w <= h else (long, inner[0])
+    else:
+      scale = min(h / inner[0], w / inner[1])
+      w, h = round(w / scale), round(h / scale)
+    image = _resize(image, (w, h), resample, (0, 0, *image.size), trace)
+    x, y = offset(w, width), offset(h, height)
+    trace.move(1, 0, x, 0, 1, y)
     return image.crop((x, y, x + width, y + height))
 
   return apply
@@ -126,9 +186,10 @@ def center_crop(
 def pad_crop(padding: int, fill: int = 0) -> Op:
   """The image padded on all sides, then cut to its own size at a random place."""
 
-  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
     w, h = image.size
     x, y = (int(v) for v in rng.integers(-padding, padding + 1, size=2))
+    trace.move(1, 0, -x, 0, 1, -y)
     moved = Image.new('RGB', (w, h), (fill,) * 3)
     moved.paste(image, (x, y))
     return moved
@@ -139,8 +200,11 @@ def pad_crop(padding: int, fill: int = 0) -> Op:
 def flip(prob: float = 0.5) -> Op:
   """Left and right exchanged with probability `prob`."""
 
-  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < prob else image
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
+    if rng.random() >= prob:
+      return image
+    trace.move(-1, 0, image.size[0], 0, 1, 0)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
   return apply
 
@@ -148,19 +212,26 @@ def flip(prob: float = 0.5) -> Op:
 def flip_vertical(prob: float = 0.5) -> Op:
   """Top and bottom exchanged with probability `prob`."""
 
-  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if rng.random() < prob else image
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
+    if rng.random() >= prob:
+      return image
+    trace.move(1, 0, 0, 0, -1, image.size[1])
+    return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
 
   return apply
 
 
 def rot90() -> Op:
   """A rotation by 0, 90, 180 or 270 degrees, each as likely: for images that have no top."""
-  turns = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+  turns = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 
-  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    turn = turns[rng.integers(4)]
-    return image if turn is None else image.transpose(turn)
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
+    turn = rng.integers(4)
+    if not turn:
+      return image
+    w, h = image.size
+    trace.move(*((0, -1, w, 1, 0, 0), (-1, 0, w, 0, -1, h), (0, 1, 0, -1, 0, h))[turn - 1])
+    return image.transpose(turns[turn - 1])
 
   return apply
 
@@ -176,7 +247,8 @@ def color_jitter(
     saturation: likewise.
     hue: the shift is uniform in `[-hue, hue]` turns of the colour circle; at most 0.5.
   """
-  return color.jitter(brightness, contrast, saturation, hue)
+  jitter = color.jitter(brightness, contrast, saturation, hue)
+  return lambda image, rng, trace: jitter(image, rng)
 
 
 def three_augment() -> Op:
@@ -186,7 +258,7 @@ def three_augment() -> Op:
   goes on with `color_jitter(0.3, 0.3, 0.3)`.
   """
 
-  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
     which = rng.integers(3)
     if which == 0:
       return image.convert('L').convert('RGB')
@@ -212,7 +284,7 @@ def rand_augment(
       f'{magnitude} to mean it, or magnitude={max_magnitude}'
     )
 
-  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
     return randaugment.rand_augment(
       image,
       rng,
@@ -222,13 +294,14 @@ def rand_augment(
       magnitude_std=magnitude_std,
       max_magnitude=max_magnitude,
       increasing=increasing,
+      moved=trace.move,
     )
 
   return apply
 
 
 def rand_augment_tpu(layers: int, magnitude: float) -> Op:
-  """RandAugment as TPU recipes have it; see `data.tpu_randaugment`.
+  """RandAugment as TPU recipes have it; see `data.tpu_randaugment`. Its moves are not traced.
 
   Args:
     layers: operations per image.
@@ -237,7 +310,7 @@ def rand_augment_tpu(layers: int, magnitude: float) -> Op:
   if layers < 0 or magnitude < 0:
     raise ValueError(f'rand_augment_tpu({layers}, {magnitude}) must not be negative')
 
-  def apply(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
     return tpu_randaugment.rand_augment(image, rng, layers=layers, magnitude=magnitude)
 
   return apply
@@ -289,13 +362,14 @@ def parse(text: str) -> Op:
   return _OPS[name](*args, **kwargs)
 
 
-def compose(texts: Sequence[str]) -> Callable[[Image.Image, np.random.Generator], np.ndarray]:
+def compose(texts: Sequence[str]) -> Callable[..., np.ndarray]:
   """Makes one function from image to `[height, width, 3]` uint8 out of operations in order."""
   ops = [parse(text) for text in texts]
 
-  def apply(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace | None = None) -> np.ndarray:
+    trace = Trace() if trace is None else trace
     for op in ops:
-      image = op(image, rng)
+      image = op(image, rng, trace)
     return np.asarray(image, np.uint8)
 
   return apply

@@ -1,10 +1,11 @@
 """RandAugment (arXiv 1909.13719) on PIL images, with the operations and scales of timm.
 
-Two operations out of fifteen say what "magnitude" means: see `_OPERATIONS`. Google's recipes have
-another form: `data.tpu_randaugment`.
+Two operations out of fifteen say what "magnitude" means: see `_MOVES` and `_OPERATIONS`. Google's
+recipes have another form: `data.tpu_randaugment`.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -13,13 +14,8 @@ MAX_LEVEL = 10.0
 FILL = (128, 128, 128)
 _RESAMPLES = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
-
-
-def _affine(image: Image.Image, matrix: Sequence[float], rng: np.random.Generator) -> Image.Image:
-  resample = _RESAMPLES[rng.integers(len(_RESAMPLES))]
-  return image.transform(
-    image.size, Image.Transform.AFFINE, tuple(matrix), resample=resample, fillcolor=FILL
-  )
+# Where pixel (x, y) comes from: (a x + b y + c, d x + e y + f), corners of pixels being integers.
+Matrix = tuple[float, float, float, float, float, float]
 
 
 def _signed(value: float, rng: np.random.Generator) -> float:
@@ -38,9 +34,12 @@ def _invert(image, level, rng):
   return ImageOps.invert(image)
 
 
-def _rotate(image, level, rng):
-  degrees = _signed(30 * level, rng)
-  return image.rotate(degrees, _RESAMPLES[rng.integers(len(_RESAMPLES))], fillcolor=FILL)
+def _rotate(size, level, rng) -> Matrix:
+  angle = -math.radians(_signed(30 * level, rng))
+  # Rounded as Pillow's own rotation has it.
+  cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+  x, y = size[0] / 2, size[1] / 2
+  return cos, sin, -cos * x - sin * y + x, -sin, cos, sin * x - cos * y + y
 
 
 def _keep_bits(image: Image.Image, bits: int) -> Image.Image:
@@ -85,28 +84,40 @@ def _enhance_increasing(kind: type) -> Operation:
   return apply
 
 
-def _shear_x(image, level, rng):
-  return _affine(image, (1, _signed(0.3 * level, rng), 0, 0, 1, 0), rng)
+def _shear_x(size, level, rng) -> Matrix:
+  return 1, _signed(0.3 * level, rng), 0, 0, 1, 0
 
 
-def _shear_y(image, level, rng):
-  return _affine(image, (1, 0, 0, _signed(0.3 * level, rng), 1, 0), rng)
+def _shear_y(size, level, rng) -> Matrix:
+  return 1, 0, 0, _signed(0.3 * level, rng), 1, 0
 
 
-def _translate_x(image, level, rng):
-  return _affine(image, (1, 0, _signed(0.45 * level, rng) * image.size[0], 0, 1, 0), rng)
+def _translate_x(size, level, rng) -> Matrix:
+  return 1, 0, _signed(0.45 * level, rng) * size[0], 0, 1, 0
 
 
-def _translate_y(image, level, rng):
-  return _affine(image, (1, 0, 0, 0, 1, _signed(0.45 * level, rng) * image.size[1]), rng)
+def _translate_y(size, level, rng) -> Matrix:
+  return 1, 0, 0, 0, 1, _signed(0.45 * level, rng) * size[1]
 
 
+# Their order is part of what a seed means.
+NAMES = (
+  *('autocontrast', 'equalize', 'invert', 'rotate', 'posterize', 'solarize', 'solarize_add'),
+  *('color', 'contrast', 'brightness', 'sharpness'),
+  *('shear_x', 'shear_y', 'translate_x', 'translate_y'),
+)
 # Each takes the level, magnitude / 10.
+_MOVES: dict[str, Callable[[tuple[int, int], float, np.random.Generator], Matrix]] = {
+  'rotate': _rotate,
+  'shear_x': _shear_x,
+  'shear_y': _shear_y,
+  'translate_x': _translate_x,
+  'translate_y': _translate_y,
+}
 _OPERATIONS: dict[str, Operation] = {
   'autocontrast': _autocontrast,
   'equalize': _equalize,
   'invert': _invert,
-  'rotate': _rotate,
   'posterize': _posterize,
   'solarize': _solarize,
   'solarize_add': _solarize_add,
@@ -114,10 +125,6 @@ _OPERATIONS: dict[str, Operation] = {
   'contrast': _enhance(ImageEnhance.Contrast),
   'brightness': _enhance(ImageEnhance.Brightness),
   'sharpness': _enhance(ImageEnhance.Sharpness),
-  'shear_x': _shear_x,
-  'shear_y': _shear_y,
-  'translate_x': _translate_x,
-  'translate_y': _translate_y,
 }
 # The same list where a larger magnitude always means a stronger change.
 _INCREASING = _OPERATIONS | {
@@ -131,11 +138,25 @@ _INCREASING = _OPERATIONS | {
 
 
 def apply(
-  image: Image.Image, name: str, magnitude: float, rng: np.random.Generator, increasing: bool
+  image: Image.Image,
+  name: str,
+  magnitude: float,
+  rng: np.random.Generator,
+  increasing: bool,
+  moved: Callable[..., None] | None = None,
 ) -> Image.Image:
-  """Applies one operation by name at a magnitude in tenths."""
-  table = _INCREASING if increasing else _OPERATIONS
-  return table[name](image, magnitude / MAX_LEVEL, rng)
+  """Applies one operation by name at a magnitude in tenths; tells `moved` the matrix of a move."""
+  level = magnitude / MAX_LEVEL
+  if name not in _MOVES:
+    table = _INCREASING if increasing else _OPERATIONS
+    return table[name](image, level, rng)
+  matrix = _MOVES[name](image.size, level, rng)
+  if moved is not None:
+    moved(*matrix)
+  resample = _RESAMPLES[rng.integers(len(_RESAMPLES))]
+  return image.transform(
+    image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=FILL
+  )
 
 
 def rand_augment(
@@ -148,6 +169,7 @@ def rand_augment(
   magnitude_std: float = 0.0,
   max_magnitude: float = MAX_LEVEL,
   increasing: bool = False,
+  moved: Callable[..., None] | None = None,
 ) -> Image.Image:
   """Applies `layers` random operations to an RGB image.
 
@@ -160,11 +182,12 @@ def rand_augment(
     magnitude_std: standard deviation of Gaussian noise on the magnitude.
     max_magnitude: bound on the magnitude; timm's default is 10.
     increasing: whether a larger magnitude always is a stronger change (timm's `inc1`).
+    moved: is told the six numbers of every move, see `Matrix`.
   """
-  names = tuple(_OPERATIONS)
-  for index in rng.integers(len(names), size=layers):
+  for index in rng.integers(len(NAMES), size=layers):
     if prob < 1 and rng.random() > prob:
       continue
     level = magnitude if magnitude_std == 0 else rng.normal(magnitude, magnitude_std)
-    image = apply(image, names[index], float(np.clip(level, 0, max_magnitude)), rng, increasing)
+    level = float(np.clip(level, 0, max_magnitude))
+    image = apply(image, NAMES[index], level, rng, increasing, moved)
   return image

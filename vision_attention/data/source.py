@@ -72,11 +72,13 @@ class Record:
     image: as it was written.
     labels: of its classes; mostly one, but any number where the data set has a sequence of them.
     name: file and row, for messages.
+    file_name: of the image before it came into the data set; empty if that does not say.
   """
 
   image: bytes
   labels: tuple[int, ...]
   name: str
+  file_name: str = ''
 
   @property
   def label(self) -> int:
@@ -248,7 +250,9 @@ class Source:
         f'record {row} of {path} cannot be read ({error}): copy the file again, or prepare the '
         'data set again'
       ) from error
-    return Record(image, tuple(features[self._key].int64_list.value), name)
+    labels = tuple(features[self._key].int64_list.value)
+    files = features['file_name'].bytes_list.value if 'file_name' in features else ()
+    return Record(image, labels, name, files[0].decode() if files else '')
 
 
 def _allow_open_files(count: int) -> None:

@@ -14,10 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vision_attention import errors
+from vision_attention.ops import label_maps
 from vision_attention.training import losses
 
 DISTILL = ('none', 'hard', 'soft')
-TOKEN_LABELS = ('image', 'teacher')
+TOKEN_LABELS = ('image', 'teacher', 'maps')
+# Of the published label maps: logits and classes, of five classes, in 18x18 cells.
+PUBLISHED_MAP = (2, 5, 18, 18)
 Targets = dict[str, Array]
 
 
@@ -46,6 +49,22 @@ def check(config: Any, outputs: Collection[str]) -> None:
     raise ValueError(
       f'config.tokens.weight is {tokens.weight} but {config.model.name} classifies no tokens: '
       'set it to 0, or take a model with such a head, such as volo_d1'
+    )
+  maps, mixed = tokens.weight > 0 and tokens.labels == 'maps', config.mixing
+  if maps != bool(config.data.label_maps):
+    raise ValueError(
+      f'config.tokens.labels is {tokens.labels!r}, of weight {tokens.weight}, and '
+      f"config.data.label_maps {config.data.label_maps!r}: maps need labels='maps', a weight and "
+      'a folder, and other labels none'
+    )
+  if tokens.ground_truth and not maps:
+    raise ValueError(
+      f'config.tokens.ground_truth corrects label maps, and tokens.labels is {tokens.labels!r}, '
+      "which the image's own label is in already: set it to False"
+    )
+  if maps and mixed.prob and (mixed.mixup_alpha or mixed.cutmix_alpha):
+    raise ValueError(
+      'label maps are of whole images: set config.mixing.prob to 0; the model may mix tokens'
     )
   if 'distilled' in outputs and distill.kind == 'none':
     raise ValueError(
@@ -89,6 +108,41 @@ def teacher_targets(
   return jax.lax.stop_gradient(found)
 
 
+def map_targets(
+  batch: Mapping[str, Array],
+  labels: Float[Array, 'b k'],
+  config: Any,
+  grid: tuple[int, int],
+) -> Targets:
+  """Returns what label maps say about images, as the code of arXiv 2104.10858 does.
+
+  Args:
+    batch: with `label_map`, `label_view` and `label_bounds`, see `ops.label_maps.align`.
+    labels: of the images, smoothed.
+    config: the whole config.
+    grid: of the tokens.
+
+  Returns:
+    `tokens` `[b, h, w, k]`, the distribution at every token, and `labels` `[b, k]`, that of the
+    whole view, for the class token. Both are smoothed by the config's share, and so sum to a little
+    more than 1. With `config.tokens.ground_truth`, `labels` has a share of the image's own: half
+    where both have the same likeliest class, and else a tenth.
+  """
+  count, smoothing = labels.shape[-1], config.loss.label_smoothing
+  view = (batch['label_map'], batch['label_view'], batch['label_bounds'])
+
+  def distribution(bins: tuple[int, int]) -> Array:
+    found = jax.nn.softmax(label_maps.align(*view, bins, count))
+    return found * (1 - smoothing + smoothing / count) + smoothing / count
+
+  whole = distribution((1, 1))[:, 0, 0]
+  if config.tokens.ground_truth:
+    same = whole.argmax(-1, keepdims=True) == labels.argmax(-1, keepdims=True)
+    share = jnp.where(same, 0.5, 0.1)
+    whole = (1 - share) * whole + share * labels
+  return {'labels': whole, 'tokens': distribution(grid)}
+
+
 def make(
   apply: Callable[..., Any],
   config: Any,
@@ -112,7 +166,7 @@ def make(
 
   Returns:
     `(params, batch_stats, images, targets, key) -> (loss, batch_stats)`, with targets `labels`
-    `[b, k]`, and what `teacher_targets` gives.
+    `[b, k]`, and what `teacher_targets` or `map_targets` give.
   """
   distill, token_weight, temperature = config.distill, config.tokens.weight, 1.0
   if distill.kind == 'soft':

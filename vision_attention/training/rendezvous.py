@@ -23,7 +23,7 @@ def meet(address: str, count: int, index: int, seconds: float) -> None:
 
   Raises:
     TimeoutError: naming who did not come.
-    ValueError: if counts or numbers contradict each other.
+    ValueError: if counts or numbers contradict each other, or the port is taken.
   """
   host, _, port = address.rpartition(':')
   end = time.monotonic() + seconds
@@ -37,7 +37,13 @@ def _host(port: int, count: int, end: float, seconds: float) -> None:
   there: dict[int, socket.socket] = {}
   wrong = ''
   with contextlib.ExitStack() as stack:
-    server = stack.enter_context(socket.create_server(('', port), backlog=max(count, 16)))
+    try:
+      server = stack.enter_context(socket.create_server(('', port), backlog=max(count, 16)))
+    except OSError as error:
+      raise ValueError(
+        f'process 0 cannot listen at port {port} ({error}): name a free one in '
+        'JAX_COORDINATOR_ADDRESS, or under Slurm in JAX_COORDINATOR_PORT'
+      ) from error
     while len(there) < count - 1 and not wrong:
       server.settimeout(max(end - time.monotonic(), 0.01))
       try:
@@ -59,11 +65,14 @@ def _host(port: int, count: int, end: float, seconds: float) -> None:
         raise TimeoutError(wrong) from None
       if total != count:
         wrong = (
-          f'process {number} has JAX_NUM_PROCESSES={total} and process 0 has {count}: give all '
-          'the same'
+          f'process {number} knows of {total} processes and process 0 of {count}: give all the '
+          'same JAX_NUM_PROCESSES, or two runs two ports'
         )
       elif number in (0, *there):
-        wrong = f'two processes have JAX_PROCESS_ID={number}: give each its own'
+        wrong = (
+          f'two processes have number {number}: give each its own JAX_PROCESS_ID, or two runs two '
+          'ports'
+        )
       # Of two with one number both are told.
       there[number if number not in there else -1] = guest
     _answer(there, wrong)
@@ -97,6 +106,6 @@ def _join(host: str, port: int, count: int, index: int, end: float, seconds: flo
     time.sleep(min(0.1, max(end - time.monotonic(), 0)))  # the first process is not there yet
   raise TimeoutError(
     f'process {index} of {count} did not reach process 0 at {host}:{port}, or not all others did, '
-    f'within {seconds:g} s: check JAX_COORDINATOR_ADDRESS and the firewall, or raise '
-    'config.mesh.join_seconds'
+    f'within {seconds:g} s: check that address (JAX_COORDINATOR_ADDRESS, or the first node of a '
+    'Slurm step) and the firewall, or raise config.mesh.join_seconds'
   )

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,15 +31,18 @@ TENSOR_RULES = (
 MIN_SIZE = 2**14
 # How a process ends that has lost another one (EX_UNAVAILABLE), and what is said of it below.
 LOST = 69
+_NOTICE = 3.0  # seconds
 _LOST = 'gloo|connection|coordination|heartbeat|barrier|unavailable|deadline|peer|socket'
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+# Ports from here on are none that Linux gives to connections by itself.
+_PORTS = range(61440, 65536)
 
 
 def join_processes(join_seconds: int = 180, heartbeat_seconds: int = 60) -> None:
   """Joins the processes of a TPU slice, of srun or mpirun; one process alone needs nothing.
 
-  Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call it before any
-  array is made.
+  Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which also go before
+  what srun says. Call it before any array is made.
 
   Args:
     join_seconds: how long processes wait for each other.
@@ -56,17 +60,18 @@ def join_processes(join_seconds: int = 180, heartbeat_seconds: int = 60) -> None
     'initialization_timeout': join_seconds,
     'heartbeat_timeout_seconds': heartbeat_seconds,
   }
-  if found := coordinator(env):
+  # Tasks of srun may be what mpirun itself starts on the nodes.
+  mpi = int(env.get('OMPI_COMM_WORLD_SIZE', 1))
+  if found := coordinator(env) or (slurm_step(env) if mpi == 1 else None):
     address, count, index = found
     if count == 1:
       return
     rendezvous.meet(address, count, index, join_seconds)
     jax.distributed.initialize(address, count, index, **limits)
     check_joined(count, jax.process_count())
-  elif int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1 or int(env.get('OMPI_COMM_WORLD_SIZE', 1)) > 1:
+  elif mpi > 1:
     jax.distributed.initialize(**limits)
-    count = int(env.get('SLURM_STEP_NUM_TASKS') or env['OMPI_COMM_WORLD_SIZE'])
-    check_joined(count, jax.process_count())
+    check_joined(mpi, jax.process_count())
   elif on_tpu and env.get('JAX_PLATFORMS', 'tpu') != 'cpu':
     try:
       jax.distributed.initialize(**limits)
@@ -87,21 +92,80 @@ def coordinator(env: Mapping[str, str]) -> tuple[str, int, int] | None:
     raise ValueError(
       f'{", ".join(missing)} is not set: set all of {", ".join(_VARIABLES)}, or none'
     )
-  address, *numbers = (env[name] for name in _VARIABLES)
-  match = re.fullmatch(r'\S+:(\d{1,5})', address)
+  of_address, of_count, of_index = _VARIABLES
+  match = re.fullmatch(r'\S+:(\d{1,5})', env[of_address])
   if not match or not 0 < int(match[1]) < 2**16:
-    raise ValueError(f'JAX_COORDINATOR_ADDRESS {address!r} does not read like host:port')
-  for name, text in zip(_VARIABLES[1:], numbers, strict=True):
-    if not text.isdecimal():
-      raise ValueError(f'{name} {text!r} is no whole number')
-  count, index = map(int, numbers)
+    raise ValueError(f'{of_address} {env[of_address]!r} does not read like host:port')
+  return env[of_address], *_place(env, of_count, of_index)
+
+
+def slurm_step(env: Mapping[str, str]) -> tuple[str, int, int] | None:
+  """Returns the same of the tasks that one srun starts, or None in a process that has no others.
+
+  A batch script and a shell of salloc are such processes, whatever the job's number of tasks. The
+  address is the step's first node, where Slurm puts task 0, and JAX_COORDINATOR_PORT or else a port
+  made of the numbers of job and step. The variables are those of srun(1).
+
+  Raises:
+    ValueError: if a variable is missing, out of range or unreadable.
+  """
+  if (env.get('SLURM_STEP_NUM_TASKS') or '1') == '1':
+    if (tasks := env.get('SLURM_NTASKS', '1')) != '1':
+      logger.warning(
+        'the Slurm job has %s tasks, but this process is none of them and trains alone: start one '
+        'in every task by `srun python main.py ...`',
+        tasks,
+      )
+    return None
+  names = ('SLURM_PROCID', 'SLURM_STEP_NODELIST', 'SLURM_JOB_ID')
+  if missing := [name for name in names if not env.get(name)]:
+    raise ValueError(
+      f'{", ".join(missing)} is not set, though SLURM_STEP_NUM_TASKS={env["SLURM_STEP_NUM_TASKS"]} '
+      f'is: let the container keep the variables of srun, or set {", ".join(_VARIABLES)}'
+    )
+  count, index = _place(env, 'SLURM_STEP_NUM_TASKS', 'SLURM_PROCID')
+  port = env.get('JAX_COORDINATOR_PORT') or str(
+    # The step too, since one node may begin several of a job; far apart, since jobs are neighbours.
+    _PORTS[(_number(env, 'SLURM_JOB_ID') + 509 * _number(env, 'SLURM_STEP_ID')) % len(_PORTS)]
+  )
+  if not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise ValueError(f'JAX_COORDINATOR_PORT {port!r} is no port: set it to one from 1 to 65535')
+  return f'{first_node(env["SLURM_STEP_NODELIST"])}:{port}', count, index
+
+
+def first_node(nodes: str) -> str:
+  """Returns the first of a list of nodes as Slurm writes it, `node003` of `node[003-008,010],big1`.
+
+  Raises:
+    ValueError: if it does not read like one.
+  """
+  # Up to a comma that is in no bracket; of each bracket what its first range begins with.
+  first = re.match(r'((?:[^],[]|\[[^][]*\])*)(,|$)', nodes)
+  host = re.sub(r'\[(\w+)[^]]*\]', r'\1', first[1] if first else '')
+  if not re.fullmatch(r'[\w.-]+', host):
+    raise ValueError(
+      f'SLURM_STEP_NODELIST {nodes!r} does not read like node[003-008,010],big1: set '
+      f'{", ".join(_VARIABLES)}'
+    )
+  return host
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+  text = env.get(name) or '0'
+  if not text.isdecimal():
+    raise ValueError(f'{name} {text!r} is no whole number')
+  return int(text)
+
+
+def _place(env: Mapping[str, str], of_count: str, of_index: str) -> tuple[int, int]:
+  count, index = _number(env, of_count), _number(env, of_index)
   if count < 1:
-    raise ValueError(f'JAX_NUM_PROCESSES {count} is not at least 1')
+    raise ValueError(f'{of_count} {count} is not at least 1')
   if index >= count:
     raise ValueError(
-      f'JAX_PROCESS_ID {index} is not between 0 and {count - 1}, as JAX_NUM_PROCESSES {count} says'
+      f'{of_index} {index} is not between 0 and {count - 1}, as {of_count} {count} says'
     )
-  return address, count, index
+  return count, index
 
 
 def check_joined(count: int, found: int) -> None:
@@ -137,11 +201,15 @@ def end_if_others_are_lost(job: Callable[[], Any]) -> Any:
     )
     sys.stdout.flush()
     sys.stderr.flush()
+    if jax.process_index() == 0:
+      time.sleep(_NOTICE)  # JAX aborts who has not noticed the loss when process 0 ends
     os._exit(LOST)
 
 
 def make_mesh(data: int, fsdp: int, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
   """Makes the mesh; an axis of -1 takes what the others leave.
+
+  Each process has one block of the batch, and the blocks lie in the order of the processes.
 
   Raises:
     ValueError: if the axes do not multiply to the number of devices, or if `tensor` reaches from
@@ -157,8 +225,8 @@ def make_mesh(data: int, fsdp: int, tensor: int = 1, devices: Sequence[Any] | No
       f'config.mesh data={data}, fsdp={fsdp}, tensor={tensor} does not give {len(devices)} '
       'devices: one of them may be -1, and the others must divide that number'
     )
-  if sizes[2] > 1:
-    devices = sorted(devices, key=lambda device: device.process_index)
+  # The numbers of a TPU slice's devices follow its shape, not its processes.
+  devices = sorted(devices, key=lambda device: device.process_index)
   grid = np.asarray(devices).reshape(sizes)
   for row in grid.reshape(-1, sizes[2]):
     if len({device.process_index for device in row}) > 1:
@@ -181,7 +249,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Puts this process's share of a batch on its devices."""
+  """Puts this process's block of a batch on its devices; process `i` has the `i`-th."""
   place = batch_sharding(mesh)
   return {key: jax.make_array_from_process_local_data(place, x) for key, x in batch.items()}
 

@@ -91,13 +91,14 @@ def make_train_step(
 
   Returns:
     `(state, window, batch[, teacher variables]) -> (state, window)`; the batch is `image` uint8
-    `[b, h, w, c]`, `label` int32 `[b]`, `corrupt` int32 `[b]`.
+    `[b, h, w, c]`, `label` int32 `[b]`, `corrupt` int32 `[b]`, and what `objective.map_targets`
+    reads where tokens are labelled by maps.
   """
   accumulate = config.accumulate
   grad_of = jax.value_and_grad(objective.make(apply, config, outputs, class_weights), has_aux=True)
 
-  def token_grid(state: TrainState, images: jax.Array) -> tuple[int, int] | None:
-    if not config.tokens.weight or config.tokens.labels != 'teacher':
+  def token_grid(state: TrainState, images: jax.Array, source: str) -> tuple[int, int] | None:
+    if not config.tokens.weight or config.tokens.labels != source:
       return None
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     found = jax.eval_shape(functools.partial(apply, method='named_logits'), variables, images)
@@ -157,8 +158,10 @@ def make_train_step(
     targets = {'labels': labels}
     if teacher is not None:
       targets |= objective.teacher_targets(
-        teacher, teacher_variables, images, config, grid=token_grid(state, images)
+        teacher, teacher_variables, images, config, grid=token_grid(state, images, 'teacher')
       )
+    if (grid := token_grid(state, images, 'maps')) is not None:
+      targets |= objective.map_targets(batch, labels, config, grid)
     (loss, batch_stats), grads = gradients(
       state.params, state.batch_stats, images, targets, key_model
     )
