@@ -1,17 +1,18 @@
-"""Vision Transformers (arXiv 2010.11929) by the paper's Table 3, and by AugReg (arXiv 2106.10270).
+"""Vision Transformers (arXiv 2010.11929), by AugReg (2106.10270), and scaled (2106.04560).
 
   python main.py --config=configs/vit_b16.py                                   # ImageNet-1k
   python main.py --config=configs/vit_b16.py:variant=vit_l16,data=imagenet21k
   python main.py --config=configs/vit_b16.py:variant=vit_h14,data=jft300m
+  python main.py --config=configs/vit_b16.py:variant=vit_g14,data=jft3b        # scaled
   python main.py --config=configs/vit_b16.py:augment=medium2                   # AugReg
   python main.py --config=configs/vit_b16.py:augment=light2,data=imagenet21k,regularize=True
   python main.py --config=configs/vit_b16.py:init=runs/vit_b16                 # fine-tuning at 384
   python main.py --config=configs/vit_b16.py:init=runs/vit_b16,data=cifar10,steps=10000,rate=0.01
 
-Arguments: `variant`; `data`; `augment`, of AugReg's recipes: none, light1, light2, medium1,
-medium2, strong1 or strong2; `decay`, `regularize` (dropout and stochastic depth of 0.1) and
-`epochs`, of AugReg's grid; `init`, the weights that fine-tuning starts from; `size`, `rate` and
-`steps` of fine-tuning.
+Arguments: `variant`; `data`, of which `jft3b` takes the scaled recipe; `augment`, of AugReg's
+recipes: none, light1, light2, medium1, medium2, strong1 or strong2; `decay`, `regularize` (dropout
+and stochastic depth of 0.1) and `epochs`, of AugReg's grid; `init`, the weights that fine-tuning
+starts from; `size`, `rate` and `steps` of fine-tuning.
 
 Published top-1 on ImageNet-1k after fine-tuning at 384 pixels, trained on ImageNet-1k / -21k /
 JFT-300M (Table 5): B/16 77.91 / 83.97 / 84.15, L/16 76.53 / 85.15 / 87.12; H/14 by JFT-300M 88.04.
@@ -32,6 +33,7 @@ _JFT = {
   'vit_r50_b16': (8e-4, 7),
   'vit_r50_l32': (2e-4, 7),
 }
+_SCALED = ('vit_g14', 'vit_gigantic14')
 # Layers and magnitude of RandAugment, None for none of it, and mixup's alpha.
 _AUGREG = {
   'none': (None, 0.0),
@@ -79,6 +81,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.schedule.warmup = '10_000 steps'
   if args.augment:
     _augreg(config, args)
+  elif args.data == 'jft3b':
+    _scaled(config, args)
   else:
     _original(config, args)
   return config
@@ -129,6 +133,29 @@ def _augreg(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
     config.model.options.update({'dropout': 0.1, 'drop_path': 0.1})
 
 
+def _scaled(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+  """ViT-g and -G, by the authors' code (github.com/google-research/big_vision).
+
+  There is no class token and no layer before the classifier, whose weights decay a hundredfold.
+  """
+  if args.variant not in _SCALED:
+    raise ValueError(f'data=jft3b has a recipe of {", ".join(_SCALED)}, not of {args.variant!r}')
+  config.batch_size = 16_384
+  config.total = '1_000_000 steps'
+  config.model.options = {'pool': 'map', 'head_bias': -10.0}
+  config.loss.kind = 'sigmoid'
+  config.optimizer.name = 'adafactor'
+  config.optimizer.momentum_dtype = 'bfloat16'
+  config.optimizer.learning_rate = 8e-4
+  config.optimizer.clip_norm = 1.0
+  config.optimizer.weight_decay = 0.03
+  config.optimizer.weight_decay_multipliers = (('classifier/kernel$', 100.0),)
+  config.schedule.kind = 'rsqrt'
+  config.schedule.timescale = 10_000
+  config.schedule.cooldown = '50_000 steps'
+  config.eval.every = '10_000 steps'
+
+
 def _fine_tune(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
   """Appendix B.1.1; the default rate and warm-up are those of the authors' code."""
   config.init.path = args.init
@@ -142,7 +169,9 @@ def _fine_tune(config: ml_collections.ConfigDict, args: ml_collections.ConfigDic
   config.optimizer.weight_decay = 0.0
   config.optimizer.clip_norm = 1.0
   config.schedule.kind = 'cosine'
-  config.schedule.warmup = '500 steps' if args.steps >= 10_000 else '100 steps'
+  # AugReg's grid: 500 steps with 100, 2500 with 200, 10,000 and more with 500.
+  warmup = 500 if args.steps >= 10_000 else 200 if args.steps >= 2500 else 100
+  config.schedule.warmup = f'{warmup} steps'
   config.eval.every = '500 steps'
   if args.size > 384:
     # Of L/16 at 512 and H/14 at 518 pixels.

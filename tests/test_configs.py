@@ -1,6 +1,8 @@
 """Every value of the published recipes, and what the configs refuse."""
 
+import functools
 import importlib
+import math
 import subprocess
 import sys
 
@@ -9,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import coatnet0, common, resnet50, vit_s16
+from configs import coatnet0, common, conv_attention_quadratic, resnet50, vit_s16
 from tests import compilation
 from vision_attention import planning
-from vision_attention.training import optimizer, state
+from vision_attention.training import optimizer, schedule, state
 
 IMAGENET = 1_281_167
 
@@ -166,6 +168,23 @@ def test_resnet_50_is_trained_as_on_tpus(smoothing):
 @pytest.mark.fast
 def test_the_learning_rate_moves_with_the_batch_size_of_the_argument():
   assert resnet50.get_config('batch=4096').optimizer.learning_rate == pytest.approx(1.6)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('arg, epochs', [('literal', 300), ('literal,init=run', 100)])
+def test_the_literal_schedule_has_the_authors_rate_at_every_step(arg, epochs):
+  """github.com/epfml/attention-cnn: train.py calls utils/learning_rate.py once an epoch."""
+  config = conv_attention_quadratic.get_config(arg)
+  to_steps = functools.partial(schedule.steps, num_examples=50_000, batch_size=100)
+  factor = schedule.relative(config.schedule, total=to_steps(config.total), to_steps=to_steps)
+  horizon = epochs * (50_000 // 100 + 1)
+  warm = int(0.05 * horizon)
+  for epoch in {0, 1, 14, 15, 16, epochs // 2, epochs - 1}:
+    t = epoch * 500
+    cosine = 0.5 * (1 + math.cos(math.pi * (t - warm) / (horizon - warm)))
+    expected = t / warm if t < warm else cosine
+    for step in (t, t + 499):
+      assert float(factor(step)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.fast

@@ -48,6 +48,21 @@ def _bias(tree):
   return np.asarray(tree['backbone']['block00']['bias'], np.float64)
 
 
+@pytest.mark.parametrize('name', ['adamw', 'sgd', 'adafactor'])
+def test_multipliers_are_of_the_decay_alone(name):
+  """The head decays a hundredfold in arXiv 2106.04560."""
+  multipliers = (('classifier/kernel$', 100.0),)
+  same = dict(name=name, momentum=0.0, b1=0.0, weight_decay=0.003)
+  got, _ = _run(weight_decay_multipliers=multipliers, **same)
+  body, _ = _run(**same)
+  head, _ = _run(**{**same, 'weight_decay': 0.3})
+  np.testing.assert_array_equal(_kernel(got), _kernel(body))
+  np.testing.assert_array_equal(_bias(got), _bias(body))
+  classifier = lambda tree: tree['head']['classifier']['kernel']
+  np.testing.assert_allclose(classifier(got), classifier(head), rtol=1e-6)
+  assert np.abs(classifier(got) - classifier(body)).max() > 0.05
+
+
 def test_adamw_follows_its_formula_for_three_steps():
   b1, b2, eps, decay, factor = 0.9, 0.999, 1e-8, 0.1, 0.5
   got, _ = _run(steps=3, factor=factor, weight_decay=decay)
@@ -159,6 +174,7 @@ def test_multipliers_take_the_first_pattern_that_is_found():
     ({'name': 'adam'}, "did you mean 'adamw'"),
     ({'weight_decay': 0.1, 'weight_decay_mask': ('/kernal$',)}, "'/kernal\\$' matches none of 4"),
     ({'lr_multipliers': (('stem', 0.1),)}, "'stem' matches none"),
+    ({'weight_decay_multipliers': (('stem', 2.0),)}, "decay_multipliers 'stem' matches none"),
     ({'name': 'lamb', 'weight_decay_times_lr': False}, 'trust ratio'),
   ],
 )

@@ -2,11 +2,12 @@
 
 Reads of `config.optimizer`: `name` (`adamw`, `sgd`, `lamb`, `adafactor`, `rmsprop`),
 `learning_rate` (peak), `b1`, `b2` (`rmsprop`: of the squares), `epsilon`, `momentum`, `nesterov`,
-`momentum_dtype`, `weight_decay`, `weight_decay_mask`
-(patterns of parameters that decay), `weight_decay_times_lr` (whether decay is multiplied by the
-peak learning rate too, or by the schedule alone), `lr_multipliers` (pairs of pattern and factor; 0
-freezes), `clip_norm` (global), `clip_adaptive` (AGC, arXiv 2102.06171). Zero switches off. Factors
-by layer (`layer_decay`, see `models.depth`) are given as a tree.
+`momentum_dtype`, `weight_decay`, `weight_decay_mask` (patterns of parameters that decay),
+`weight_decay_multipliers` (pairs of pattern and factor of its decay), `weight_decay_times_lr`
+(whether decay is multiplied by the peak learning rate too, or by the schedule alone),
+`lr_multipliers` (pairs of pattern and factor; 0 freezes), `clip_norm` (global), `clip_adaptive`
+(AGC, arXiv 2102.06171). Zero switches off. Factors by layer (`layer_decay`, see `models.depth`) are
+given as a tree.
 """
 
 import re
@@ -42,18 +43,36 @@ def check_patterns(params: Any, patterns: Sequence[str], what: str) -> None:
       raise ValueError(f'{what} {pattern!r} matches none of {len(paths)} parameters')
 
 
+def _factor(path: Sequence[Any], multipliers: Sequence[tuple[str, float]]) -> float:
+  """Returns the factor of the first pattern that is found in a path, or 1."""
+  name = path_of(path)
+  return next((factor for pattern, factor in multipliers if re.search(pattern, name)), 1.0)
+
+
 def _scale_by_patterns(multipliers: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
-  """Multiplies updates by the factor of the first pattern that is found in a path."""
+  """Multiplies updates by the factors of their paths."""
 
   def update(updates: Any, params: Any) -> Any:
     del params
+    return jax.tree_util.tree_map_with_path(
+      lambda path, value: value * _factor(path, multipliers), updates
+    )
 
-    def scaled(path: Sequence[Any], value: jax.Array) -> jax.Array:
-      name = path_of(path)
-      factor = next((f for pattern, f in multipliers if re.search(pattern, name)), 1.0)
-      return value * factor
+  return optax.stateless(update)
 
-    return jax.tree_util.tree_map_with_path(scaled, updates)
+
+def _decay(config: Any) -> optax.GradientTransformation:
+  """Adds decayed weights, of some parameters more than of others."""
+  multipliers, rate = config.weight_decay_multipliers, config.weight_decay
+  if not multipliers:
+    return optax.add_decayed_weights(rate, lambda tree: matches(tree, config.weight_decay_mask))
+
+  def update(updates: Any, params: Any) -> Any:
+    def added(path: Sequence[Any], value: jax.Array, param: jax.Array, decays: bool) -> jax.Array:
+      return value + rate * _factor(path, multipliers) * param if decays else value
+
+    decays = matches(params, config.weight_decay_mask)
+    return jax.tree_util.tree_map_with_path(added, updates, params, decays)
 
   return optax.stateless(update)
 
@@ -105,10 +124,9 @@ def make(
   errors.check_choice('config.optimizer.name', config.name, NAMES)
   if config.weight_decay:
     check_patterns(params, config.weight_decay_mask, 'config.optimizer.weight_decay_mask')
-  check_patterns(params, [p for p, _ in config.lr_multipliers], 'config.optimizer.lr_multipliers')
-  decay = optax.add_decayed_weights(
-    config.weight_decay, lambda tree: matches(tree, config.weight_decay_mask)
-  )
+  for key in ('lr_multipliers', 'weight_decay_multipliers'):
+    check_patterns(params, [p for p, _ in config[key]], f'config.optimizer.{key}')
+  decay = _decay(config)
   chain = []
   if config.clip_norm:
     chain.append(optax.clip_by_global_norm(config.clip_norm))
