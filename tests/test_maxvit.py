@@ -54,21 +54,86 @@ def test_multiply_adds_are_those_of_the_paper_and_of_its_code(name, size, publis
   assert size > 224 or info.flops == pytest.approx(published * 1e9)
 
 
-def test_other_orders_of_layers_are_about_the_size_of_table_8():
-  count = lambda **options: sum(
-    math.prod(leaf.shape)
-    for leaf in jax.tree.leaves(abstract.variables('maxvit_tiny', **options)['params'])
-  )
-  # 31.1 million where the convolution is not first, and shortcuts project.
-  assert count(layout='BGC') / 1e6 == pytest.approx(31.1, abs=0.3)
-  assert count(layout=('CBB', 'CBG', 'CB', 'BG')) < 30_916_528
+def test_ablations_have_the_sizes_of_tables_7_to_9():
+  def stages(layout):
+    # Every stage takes and gives the same maps whatever its layers are.
+    shapes = abstract.variables('maxvit_tiny', layout=layout, scan=True)['params']
+    parts = {**shapes['backbone'], 'head': shapes['head']}
+    return {name: abstract.size(part) for name, part in parts.items()}
+
+  def size(other, *names):
+    return sum((other if name in names else plain)[name] for name in plain)
+
+  plain, no_grid, no_mbconv, mbconv_last = map(stages, ('CBG', 'CB', 'BG', 'GBC'))
+  found = [size(no_grid, f'stage{i}') for i in (1, 2, 3)]
+  found += [size(no_mbconv, f'stage{i}') for i in (1, 2, 3, 4)]
+  found += [size(mbconv_last, *plain), size(plain)]
+  printed = [30.8, 30.5, 26.9, 30.8, 30.5, 27.6, 25.7, 31.1, 30.9]
+  for count, expected in zip(found, printed, strict=True):
+    # Some are rounded (27.6 of 27,596,656) and some truncated (26.9 of 26,960,968).
+    assert expected in (round(count / 1e6, 1), count // 10**5 / 10)
+  assert found[-2:] == [31_088_560, 30_916_528]
+
+
+@pytest.mark.parametrize(
+  ('name', 'printed'),
+  [('maxvit_tiny', 34.5), ('maxvit_small', 76.9), ('maxvit_base', 133.4), ('maxvit_large', 236.6)],
+)
+def test_parallel_attention_has_the_sizes_of_table_10(name, printed):
+  assert abstract.count(name, layout='CP', scan=True) // 10**5 / 10 == printed
+
+
+def test_stages_may_have_layers_of_their_own():
+  layouts = ('CBB', 'CBG', 'PC', 'BG')
   paths = tree.flatten(
-    abstract.variables('maxvit_tiny', layout=('CBB', 'CBG', 'CB', 'BG'))['params']
+    abstract.variables('maxvit_tiny', depths=(1,) * 4, layout=layouts)['params']['backbone']
   )
-  layers = {path.split('/')[3] for path in paths if path.startswith('backbone/stage1')}
-  assert layers == {'mbconv', 'block', 'block1'}
+  layers = lambda i: {path.split('/')[2] for path in paths if path.startswith(f'stage{i}')}
+  assert [layers(i) for i in (1, 3, 4)] == [
+    {'mbconv', 'block', 'block1'},
+    {'parallel', 'mbconv'},
+    {'block', 'grid'},
+  ]
   with pytest.raises(ValueError, match="layer in layout 'T' is unknown"):
     va.create_model('maxvit_tiny', layout='CTT')
+
+
+def test_parallel_attention_is_both_layers_on_half_of_the_heads():
+  parts = maxvit.build(
+    num_classes=1, image_size=(16, 16), dtype=jnp.float32, param_dtype=jnp.float32,
+    depths=(1,), dims=(8,), stem_dim=8, head_dim=4, window=2, window_policy='fixed', layout='CP',
+  )  # fmt: skip
+  layer = dict(parts.backbone.keywords['stages'][0][0].args[0])['parallel']
+  module, same = layer(stride=1, drop_path=0.0), dict(dim=8, stride=1, drop_path=0.0)
+  x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+  init = functools.partial(module.init, train=False)
+  params = abstract.drawn(jax.eval_shape(init, jax.random.key(1), x))['params']
+
+  def parallel(params, x):
+    return module.apply({'params': params}, x, train=False)
+
+  def by_hand(params, x):
+    y = x - x.mean(-1, keepdims=True)
+    y = y / jnp.sqrt((y * y).mean(-1, keepdims=True) + 1e-5)
+    y = y * params['norm']['scale'] + params['norm']['bias']
+    y = y @ params['expand']['kernel'][0, 0] + params['expand']['bias']
+    halves = [
+      layer.keywords[name](**same).apply({'params': params[name]}, half, train=False)
+      for name, half in (('block', y[..., :8]), ('grid', y[..., 8:]))
+    ]
+    kernel = params['project']['kernel'][0, 0]
+    return x + halves[0] @ kernel[:8] + halves[1] @ kernel[8:] + params['project']['bias']
+
+  def with_gradient(f):
+    def loss(params, x):
+      y = f(params, x)
+      return jnp.square(y).sum(), y
+
+    return jax.grad(loss, (0, 1), has_aux=True)(params, x)
+
+  got, expected = jax.jit(lambda: tuple(map(with_gradient, (parallel, by_hand))))()
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()))
 
 
 SIDES = st.integers(1, 11)
@@ -362,5 +427,8 @@ def test_recipes_are_those_of_table_12():
   assert tuned.model.options.to_dict() == {'drop_path': 0.9, 'table_window': 7}
   assert (tuned.batch_size, tuned.optimizer.learning_rate) == (512, 5e-5)
   assert (tuned.ema.decay, tuned.mixing.mixup_alpha, tuned.data.mean) == (0.9999, 0.0, (0.5,) * 3)
+  stages = maxvit_tiny.get_config('layout=CB/CBG/CBG/BG')
+  assert stages.model.options.layout == ('CB', 'CBG', 'CBG', 'BG')
+  assert stages.optimizer.learning_rate == 3e-3
   with pytest.raises(ValueError, match="no such recipe for 'maxvit_tiny'"):
     maxvit_tiny.get_config('data=imagenet21k')

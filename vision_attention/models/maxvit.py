@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -22,7 +23,7 @@ INIT = nn.initializers.normal(0.02)
 RESIZE = {r'params/backbone/.*/attn/relative_position': relative_position.resize_table}
 POLICIES = ('scale', 'fixed')
 # Layers of a block: names in the variables, and of what a layout's letters stand for.
-LAYERS = {'C': 'mbconv', 'B': 'block', 'G': 'grid'}
+LAYERS = {'C': 'mbconv', 'B': 'block', 'G': 'grid', 'P': 'parallel'}
 
 
 class MaxViTBlock(nn.Module):
@@ -47,6 +48,48 @@ class MaxViTBlock(nn.Module):
       x = layer(stride=stride, drop_path=self.drop_path, name=name)(x, train=train)
       stride = 1
     return x
+
+
+class Parallel(nn.Module):
+  """`x + Proj([B(u), G(v)])` of `[u, v] = Proj(LN(x))`: both attention layers side by side.
+
+  The first projection doubles the channels; either layer, with its own shortcuts and MLP, takes
+  half of the heads (section 4.5, Table 10). The text tells of no norm, biases or shortcut around
+  both. With norm and biases the parameters of all four sizes are, truncated, the printed ones;
+  without either of them MaxViT-T's 34.5 million are 34.4. The shortcut is that of MAXIM (arXiv
+  2201.02973), to which the text refers for parallel designs.
+
+  Attributes:
+    dim: output width, and that of either layer.
+    stride: 1 or 2.
+    drop_path: rate of stochastic depth of every branch, also within the layers.
+    pool: see `mbconv.halve`.
+    block: block attention and its MLP, called with `dim`, `stride`, `drop_path` and a name.
+    grid: grid attention and its MLP, called alike.
+  """
+
+  dim: int
+  stride: int
+  drop_path: float
+  pool: str
+  block: ModuleDef
+  grid: ModuleDef
+  conv: ModuleDef
+  norm: ModuleDef
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
+    shortcut = mbconv.PoolProject(self.dim, self.stride, self.pool, self.conv, name='shortcut')(x)
+    y = self.norm(name='norm')(x, train=train)
+    y = y if self.stride == 1 else mbconv.halve(y, self.pool)
+    y = self.conv(2 * self.dim, kernel_size=1, use_bias=True, name='expand')(y)
+    u, v = jnp.split(y, 2, axis=-1)
+    same = {'dim': self.dim, 'stride': 1, 'drop_path': self.drop_path}
+    u = self.block(**same, name='block')(u, train=train)
+    v = self.grid(**same, name='grid')(v, train=train)
+    y = jnp.concatenate([u, v], axis=-1)
+    y = self.conv(self.dim, kernel_size=1, use_bias=True, name='project')(y)
+    return shortcut + drop_path.DropPath(self.drop_path, name='drop_path')(y, train=train)
 
 
 def build(
@@ -96,7 +139,9 @@ def build(
       are interpolated in the program; those of the model unless given. With 7 at any resolution,
       fine-tuning trains what the authors' code trains.
     layout: the layers of a block in order, or those of every stage: `C` for MBConv, `B` for block
-      attention and its MLP, `G` for grid attention and its MLP (section 4.5).
+      attention and its MLP, `G` for grid attention and its MLP, `P` for both in parallel. Section
+      4.5 has all orders (Table 8), one stage of `CB` or `CBB` (Table 7) or of `BG` (Table 9) among
+      `CBG`, and `CP` (Table 10).
     attn: the operator of block attention.
     grid_attn: the operator of grid attention.
     activation: a name of `ops.activation`.
@@ -163,6 +208,9 @@ def build(
     'B': attention(attn),
     'G': attention(grid_attn),
   }
+  kinds['P'] = functools.partial(
+    Parallel, pool='avg', block=kinds['B'], grid=kinds['G'], conv=convolution, norm=layer_norm
+  )
 
   def block(i: int, j: int) -> ModuleDef:
     made = []
