@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests import compilation
 from vision_attention.ops import convolution
 
 pytest.importorskip('libtpu', reason='libtpu exists for Linux on x86-64 only')
@@ -29,9 +30,10 @@ def sharding():
     'TPU_WORKER_HOSTNAMES': 'localhost',
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   }
-  topology = topologies.get_topology_desc(
-    platform='tpu', topology_name='v4:2x2x1', chip_config_name='megacore'
-  )
+  with compilation.without_flags():
+    topology = topologies.get_topology_desc(
+      platform='tpu', topology_name='v4:2x2x1', chip_config_name='megacore'
+    )
   mesh = jax.sharding.Mesh(np.array(topology.devices)[:1], ('data',))
   return NamedSharding(mesh, PartitionSpec())
 
