@@ -1,6 +1,5 @@
 """Trains, evaluates or describes a run: `python main.py --config=configs/coatnet0.py`."""
 
-import functools
 import logging
 import os
 import pathlib
@@ -11,7 +10,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 import train
-from vision_attention import errors, evaluation
+from vision_attention import errors, evaluation, folders
 from vision_attention.training import sharding
 
 FLAGS = flags.FLAGS
@@ -19,7 +18,9 @@ CONFIGS = [str(path) for path in pathlib.Path('configs').glob('*.py')]
 config_flags.DEFINE_config_file(
   'config', None, 'Config file, with arguments after a colon.', lock_config=True
 )
-flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<name of the config> by default.')
+flags.DEFINE_string(
+  'workdir', None, 'Folder of the run, also gs://...; runs/<name of the config> by default.'
+)
 flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'dry_run'], 'What to do.')
 flags.mark_flag_as_required('config')
 
@@ -57,18 +58,13 @@ def main(argv: list[str]) -> None:
   if config.compile_cache and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(config.compile_cache))
   name = pathlib.Path(config_flags.get_config_filename(FLAGS['config']).partition(':')[0]).stem
-  if '://' in (FLAGS.workdir or ''):
-    errors.refuse(
-      f'--workdir={FLAGS.workdir} is no folder: mount the bucket, as by gcsfuse, and name the '
-      'folder there'
-    )
-  workdir = pathlib.Path(FLAGS.workdir or pathlib.Path('runs') / name)
+  where = FLAGS.workdir or f'runs/{name}'
   if FLAGS.mode == 'dry_run':
     errors.run(lambda: train.dry_run(config))
   elif FLAGS.mode == 'eval':
-    errors.run(lambda: evaluation.evaluate_only(config, workdir))
+    errors.run(lambda: evaluation.evaluate_only(config, folders.folder(where)))
   else:
-    job = functools.partial(train.train_and_evaluate, config, workdir)
+    job = lambda: train.train_and_evaluate(config, folders.folder(where))
     errors.run(lambda: sharding.end_if_others_are_lost(job))
 
 

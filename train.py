@@ -10,7 +10,6 @@ import functools
 import json
 import logging
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from vision_attention import checkpoint, evaluation, planning
+from vision_attention import checkpoint, evaluation, folders, planning
 from vision_attention.data import pipeline
 from vision_attention.models import transfer
 from vision_attention.training import metrics, sharding, state
@@ -37,7 +36,7 @@ def _teacher_variables(plan: planning.Plan) -> Any:
   return jax.device_put(variables, sharding.shardings(variables, plan.mesh))
 
 
-def _start(plan: planning.Plan, workdir: pathlib.Path) -> tuple[state.TrainState, state.Window]:
+def _start(plan: planning.Plan, workdir: folders.Folder) -> tuple[state.TrainState, state.Window]:
   """Makes the state before the first step: fresh, or from the variables of `config.init`.
 
   What became of every array of those is printed, and written in full to `init.json`.
@@ -76,7 +75,7 @@ def dry_run(config: Any) -> None:
   planning.describe(planning.prepare(config, with_data=False))
 
 
-def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
+def train_and_evaluate(config: Any, workdir: folders.Folder) -> dict[str, float]:
   """Trains to the end, from wherever the run in `workdir` stands; returns the last evaluation."""
   # -- Check. SIGTERM from here on means: save at the next step, then leave.
   plan = planning.prepare(config)
@@ -169,6 +168,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
   def save(step: int, found: dict[str, float] | None) -> None:
     began = time.monotonic()
     check_finite()
+    writer.flush()  # the lines until this step, without which it is no place to go on from
     best = config.eval.best_by
     scores = {best: found[f'{evaluation.best_name(found)}/{best}']} if found else None
     manager.save(step, now, window, config, scores)
@@ -181,10 +181,11 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     # The run was ended between this step and its evaluation.
     found = run_evaluation(start)
   running: collections.deque = collections.deque()
+  profile = folders.Staging(workdir / 'profile')
   profile_end = config.profile.start + config.profile.steps - 1
   for step in range(start + 1, total + 1):
     if step == config.profile.start:
-      jax.profiler.start_trace(str(workdir / 'profile'))
+      jax.profiler.start_trace(str(profile.path))
     began = time.monotonic()
     batch = sharding.to_devices(plan.mesh, next(batches))
     clock.wait(time.monotonic() - began)
@@ -197,6 +198,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path) -> dict[str, float]:
     if config.profile.start > start and step == min(profile_end, total):
       jax.block_until_ready(now)
       jax.profiler.stop_trace()
+      profile.upload()
 
     if step % every['log'] == 0 or step == total:
       window = log(step)

@@ -4,11 +4,12 @@
 #
 #   scripts/run_tpu.sh --name=pod --zone=us-central2-b --project=lab --type=v4-128 \
 #     [--spot] [--version=tpu-ubuntu2204-base] [--repository=URL] [--tries=100] [--keep] [--dry_run] \
-#     [--bucket=NAME] -- --config=configs/coatnet0.py --workdir=/mnt/NAME/run1
+#     [--bucket=NAME] -- --config=configs/coatnet0.py --workdir=gs://NAME/run1
 #
 # What stands behind `--` goes to main.py. The run's folder must be one that all workers see, and
-# that outlives them: after a preemption it is what the run goes on from. --bucket mounts one at
-# /mnt/NAME on every worker, with gcsfuse. main.py ends with 0 when it is
+# that outlives them: after a preemption it is what the run goes on from. That is one in a bucket,
+# gs://NAME/..., or on a disk of the network; --bucket mounts a bucket at /mnt/NAME on every worker,
+# with gcsfuse, for what reads files only. main.py ends with 0 when it is
 # through, and with 2 when it refuses a config, which no further try would mend. --dry_run prints
 # the commands and runs none. --keep leaves the TPU VM when the run is through.
 set -euo pipefail
@@ -45,8 +46,8 @@ for needed in name zone project type; do
 done
 (($#)) || die 'nothing for main.py: give its arguments behind --'
 [[ $tries =~ ^[1-9][0-9]*$ ]] || die "--tries=$tries is no number of tries"
-if [[ " $* " != *' --workdir=/mnt/'* ]]; then
-  echo 'warning: no --workdir=/mnt/...: what workers write to their own disks is lost with them' >&2
+if [[ " $* " != *' --workdir=gs://'* && " $* " != *' --workdir=/mnt/'* ]]; then
+  echo 'warning: no --workdir=gs://... or /mnt/...: what workers write to their own disks is lost with them' >&2
 fi
 repository=${repository:-$(git -C "$(dirname "$0")" config --get remote.origin.url || true)}
 [[ -n $repository ]] || die 'the project has no remote: give its --repository'
@@ -84,7 +85,7 @@ prepare() {
 
 install() {
   on_all_workers "test -d vision_attention || git clone $(printf %q "$repository") vision_attention; \
-cd vision_attention && python3 -m venv .venv && .venv/bin/pip install --quiet -e . 'jax[tpu]'" || return 1
+cd vision_attention && python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[gcs]' 'jax[tpu]'" || return 1
   if [[ -n $bucket ]]; then
     # Images of TPU VMs carry gcsfuse; the folder is the user's, and a mounted one is left alone.
     on_all_workers "sudo install -d -o \$USER /mnt/$bucket && \

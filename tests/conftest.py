@@ -4,7 +4,7 @@ import gc
 import os
 import pathlib
 
-from tests import compilation
+from tests import bucket, compilation
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('XLA_FLAGS', compilation.FLAGS)
@@ -37,6 +37,17 @@ gc.set_threshold(200_000, 20, 100)
 # Compilation makes single examples slow; the seed is fixed so that a failure repeats.
 settings.register_profile('project', deadline=None, max_examples=8, derandomize=True)
 settings.load_profile('project')
+
+
+@pytest.fixture
+def store(monkeypatch):
+  """A bucket that takes whatever this process writes to gs://."""
+  server = bucket.Bucket()
+  for name, value in server.environment.items():
+    monkeypatch.setenv(name, value)
+  pytest.importorskip('gcsfs', reason="buckets need pip install -e '.[gcs]'")
+  yield server
+  server.close()
 
 
 @pytest.fixture(autouse=True)

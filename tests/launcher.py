@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from configs import coatnet0
+from vision_attention import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -81,9 +82,16 @@ class Launcher:
     self._process.stdin.flush()
     return json.loads(self._process.stdout.readline())
 
-  def start(self, config: Any, workdir: pathlib.Path, index: int = 0, **more: Any) -> 'Run':
+  def start(
+    self,
+    config: Any,
+    workdir: folders.Folder,
+    index: int = 0,
+    log: pathlib.Path | None = None,
+    **more: Any,
+  ) -> 'Run':
     """Begins a run of a config, or its process `index`; see `_child` for what more there is."""
-    log = workdir.with_name(f'{workdir.name}{index or ""}.log')
+    log = log or pathlib.Path(workdir.with_name(f'{workdir.name}{index or ""}.log'))
     run = Run(self, 0, workdir, log)
     run.pid = self.ask(config=config.to_dict(), workdir=str(workdir), log=str(log), **more)
     return run
@@ -97,7 +105,7 @@ class Launcher:
 class Run:
   """One child: a training run that may be killed."""
 
-  def __init__(self, launcher: Launcher, pid: int, workdir: pathlib.Path, log: pathlib.Path):
+  def __init__(self, launcher: Launcher, pid: int, workdir: folders.Folder, log: pathlib.Path):
     self._launcher, self.pid, self.workdir, self._log = launcher, pid, workdir, log
     self._before = log.stat().st_size if log.exists() else 0
 
@@ -177,7 +185,8 @@ def _child(request: dict[str, Any]) -> None:
     getattr(faults, request['patch'])()
   mesh = config.mesh
   errors.run(lambda: sharding.join_processes(mesh.join_seconds, mesh.heartbeat_seconds))
-  job = functools.partial(train.train_and_evaluate, config, pathlib.Path(request['workdir']))
+  where = folders.folder(request['workdir'])
+  job = functools.partial(train.train_and_evaluate, config, where)
   errors.run(lambda: sharding.end_if_others_are_lost(job))
   if jax.process_count() > 1:
     jax.distributed.shutdown()

@@ -6,11 +6,13 @@ import random
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 
+import vision_attention as va
 from tests import faults, launcher
-from vision_attention import checkpoint
+from vision_attention import checkpoint, folders, planning, runs
 from vision_attention.data import builders
 
 pytestmark = pytest.mark.slow
@@ -191,6 +193,35 @@ def test_a_step_that_is_not_finite_is_named(start, short, data_dir, tmp_path):
   run = start(_short(data_dir), workdir)
   assert run.wait() == 0
   _assert_same(_final(workdir, SHORT), short)
+
+
+def test_a_run_in_a_bucket_is_killed_and_ends_as_one_on_a_disk(
+  start, short, store, data_dir, tmp_path
+):
+  address = 'gs://bucket/runs/one'
+  where, log = folders.folder(address), tmp_path / 'log'
+  # Killed while its second checkpoint has everything but the marker.
+  store.hold = f'{checkpoint.CHECKPOINTS}/6/commit_success.txt'
+  more = {'log': log, 'environment': store.environment}
+  run = start(_short(data_dir), where, **more)
+  assert run.until(store.held.is_set), run.output()[-3000:]
+  assert run.kill() == -9
+  store.hold = ''
+  assert store.names(f'bucket/runs/one/{checkpoint.CHECKPOINTS}/6/state')
+  assert checkpoint.steps_of(where) == [3]
+  run = start(_short(data_dir), where, **more)
+  assert run.wait() == 0, run.output()[-3000:]
+  assert f'resumed at step 3 of {SHORT} from {address}' in run.output()
+  _assert_same(_final(where, SHORT), short)
+  model, variables, config = va.load(address)
+  images = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
+  logits = jax.eval_shape(lambda x: model.apply(variables, x, train=False), images)
+  assert logits.shape == (1, config.data.num_classes)
+  (found,) = runs.find([folders.folder('gs://bucket/runs')])
+  assert (str(found.workdir), found.finished) == (address, True)
+  config.optimizer.learning_rate = 0.5
+  with pytest.raises(ValueError, match=f'{address} holds a run of another config'):
+    planning.check_same_run(config, where)
 
 
 def test_data_that_cannot_be_reached_are_named(start, short, data_dir, tmp_path):

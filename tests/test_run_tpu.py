@@ -94,6 +94,11 @@ def test_a_dry_run_prints_and_calls_nothing(tmp_path):
     *('delete', 'create', 'ssh', 'ssh', 'main')
   ]
   assert 'gcsfuse --implicit-dirs b /mnt/b' in lines[3][-1]
+  assert "install --quiet -e '.[gcs]'" in lines[2][-1]
+  for workdir, warned in (('gs://b/run', False), ('runs/one', True)):
+    run = ('--', '--config=x', f'--workdir={workdir}')
+    done, _ = _script(tmp_path, *WHERE, '--repository=x', '--dry_run', *run)
+    assert ('warning: no --workdir=gs://' in done.stderr) is warned
 
 
 @pytest.mark.parametrize(

@@ -14,22 +14,24 @@ MAX_LINES = 450
 _BELOW_MODELS = {'ops', 'layers', 'attention'}
 ALLOWED = {
   'errors': set(),
+  'folders': set(),
   'ops': {'errors'},
   'layers': {'errors', 'ops'},
   'attention': {'errors', 'ops', 'layers'},
   'models': {'errors'} | _BELOW_MODELS,
   'data': {'errors'},
-  'training': {'errors', 'ops'},
+  'training': {'errors', 'folders', 'ops'},
   'weights': {'errors', 'torch_file'},
   'macs': {'errors', 'models', 'ops'},
   'convert': {'errors', 'weights', 'models'} | _BELOW_MODELS,
-  'checkpoint': {'errors', 'weights', 'models', 'training'},
-  'planning': {'errors', 'checkpoint', 'convert', 'macs', 'data', 'models', 'training'},
-  'suites': {'data'},
+  'checkpoint': {'errors', 'folders', 'weights', 'models', 'training'},
+  'planning': {'errors', 'folders', 'checkpoint', 'convert', 'macs', 'data', 'models', 'training'},
+  'suites': {'data', 'folders'},
   'evaluation': {
     'checkpoint',
     'convert',
     'data',
+    'folders',
     'macs',
     'models',
     'planning',
@@ -38,7 +40,7 @@ ALLOWED = {
   },
   'aot': {'errors', 'macs', 'planning', 'training'},
   'torch_file': set(),
-  'runs': {'training'},
+  'runs': {'folders', 'training'},
   'comparison': {'errors', 'runs'},
 }
 

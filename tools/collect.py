@@ -26,7 +26,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from vision_attention import checkpoint, comparison, convert, errors, macs, runs
+from vision_attention import checkpoint, comparison, convert, errors, folders, macs, runs
 from vision_attention.models import registry
 
 METRICS = ('top1', 'balanced_accuracy', 'macro_f1', 'macro_auc')
@@ -149,7 +149,7 @@ def plot(
 
 def collect(args: argparse.Namespace) -> str:
   """Returns the table that the command line asks for, as Markdown or, for a `.csv`, as CSV."""
-  found = runs.find(args.folders)
+  found = runs.find(map(folders.folder, args.folders))
   finished = [run for run in found if run.finished]
   for run in found:
     if not run.finished:
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('folders', nargs='+', type=pathlib.Path, help='of runs, or above them')
+  parser.add_argument('folders', nargs='+', help='of runs, or above them')
   parser.add_argument('--metrics', nargs='+', default=[], help='such as top1 or recall/mel')
   parser.add_argument('--by', nargs='+', default=[], help='keys of the config that make a cell')
   parser.add_argument('--pairs', nargs='+', default=[], help='keys that repeat a cell')

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,12 +16,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from vision_attention import weights
+from vision_attention import folders, weights
 from vision_attention.models import base, registry, tree
 
 CHECKPOINTS = 'checkpoints'
 CONFIG = 'config.json'
-_METADATA = '_CHECKPOINT_METADATA'  # Orbax writes it last
+_METADATA = '_CHECKPOINT_METADATA'  # comes with the folder's rename, which makes a checkpoint whole
+_COMMITTED = 'commit_success.txt'  # Orbax writes it last, and a bucket knows no rename
 
 
 class SaveError(OSError):
@@ -42,11 +44,11 @@ class Manager:
   """
 
   def __init__(
-    self, workdir: pathlib.Path, keep_latest: int, keep_best: int, best_by: str = 'top1'
+    self, workdir: folders.Folder, keep_latest: int, keep_best: int, best_by: str = 'top1'
   ):
-    self._folder = folder = workdir.absolute() / CHECKPOINTS
+    self._folder = folder = folders.absolute(workdir) / CHECKPOINTS
     self._begun: int | None = None
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not folders.is_bucket(folder):
       # A copy of a run that was broken off; Orbax would take the number for a checkpoint.
       for broken in set(_steps(folder)) - set(steps_of(workdir)):
         shutil.rmtree(folder / str(broken))
@@ -61,14 +63,18 @@ class Manager:
           keep_checkpoints_without_metrics=False,
         )
       )
-    self._manager = ocp.CheckpointManager(
-      folder,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-        # What a killed process left half-written is removed, and never listed as a step.
-        cleanup_tmp_directories=True,
-      ),
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+      # What a killed process left half-written is removed, and never listed as a step.
+      cleanup_tmp_directories=True,
     )
+    with _reaching(folder):
+      folders.reach(folder)
+      self._manager = ocp.CheckpointManager(folder, options=options)
+      found = sorted(self._manager.all_steps())
+      if folders.is_bucket(folder) and found != (whole := steps_of(workdir)):
+        # Orbax may take a bucket that does not answer for an empty one, and would begin anew.
+        raise OSError(f'it has the whole checkpoints {whole}, of which Orbax sees {found}')
 
   def latest_step(self) -> int | None:
     """Returns the newest whole checkpoint's step."""
@@ -159,21 +165,40 @@ def _first_line(error: BaseException) -> str:
   return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ""}'[:300]
 
 
-def steps_of(workdir: pathlib.Path) -> list[int]:
+@contextlib.contextmanager
+def _reaching(folder: folders.Folder) -> Iterator[None]:
+  """Says what a bucket may lack, of what fails there."""
+  try:
+    yield
+  except Exception as error:  # of many kinds, by which library could not reach it
+    if not folders.is_bucket(folder):
+      raise
+    raise OSError(
+      f'{folder} cannot be used ({_first_line(error)}): the account needs the roles '
+      'storage.objectAdmin and storage.legacyBucketReader on the bucket'
+    ) from error
+
+
+def steps_of(workdir: folders.Folder) -> list[int]:
   """Returns the steps of a run's whole checkpoints, in order."""
   folder = workdir / CHECKPOINTS
-  return [step for step in _steps(folder) if (folder / str(step) / _METADATA).exists()]
+  return [step for step in _steps(folder) if _is_whole(folder / str(step))]
 
 
-def _steps(folder: pathlib.Path) -> list[int]:
-  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+def _is_whole(folder: folders.Folder) -> bool:
+  return (folder / (_COMMITTED if folders.is_bucket(folder) else _METADATA)).exists()
+
+
+def _steps(folder: folders.Folder) -> list[int]:
+  # Of a bucket that does not answer, `exists` raises and `is_dir` would say no.
+  names = [path.name for path in folder.iterdir()] if folder.exists() else []
   return sorted(int(name) for name in names if name.isdigit())
 
 
-def _step_folder(path: str | pathlib.Path, step: int | None) -> pathlib.Path:
+def _step_folder(path: str | os.PathLike, step: int | None) -> folders.Folder:
   """Returns the folder of one checkpoint, from that of a run or itself."""
-  path = pathlib.Path(path).expanduser().absolute()
-  if (path / _METADATA).exists():
+  path = folders.absolute(folders.folder(path).expanduser())
+  if _is_whole(path):
     return path
   steps = steps_of(path)
   if not steps:
@@ -184,12 +209,13 @@ def _step_folder(path: str | pathlib.Path, step: int | None) -> pathlib.Path:
 
 
 def load_variables(
-  path: str | pathlib.Path, *, ema: bool | None = None, step: int | None = None
+  path: str | os.PathLike, *, ema: bool | None = None, step: int | None = None
 ) -> dict[str, Any]:
   """Loads variables as NumPy arrays, wherever and on however many devices they were trained.
 
   Args:
-    path: a run's folder, a checkpoint's folder, or a .safetensors or .npz file of `save_variables`.
+    path: a run's folder or a checkpoint's, also `gs://...`, or a .safetensors or .npz file of
+      `save_variables`.
     ema: whether to take the averaged ones; by default where the run has them.
     step: of a run; the latest by default.
 
@@ -200,7 +226,7 @@ def load_variables(
     FileNotFoundError: if there is no such run, checkpoint or file.
     ValueError: if averages are asked for and the run has none.
   """
-  path = pathlib.Path(path).expanduser()
+  path = folders.folder(path).expanduser()
   if path.suffix in ('.safetensors', '.npz'):
     return tree.unflatten(weights.read(path))
   folder = _step_folder(path, step)
@@ -214,7 +240,7 @@ def load_variables(
   return {key: restored[prefix + key] for key in keys}
 
 
-def load_state(path: str | pathlib.Path, *, step: int | None = None) -> dict[str, np.ndarray]:
+def load_state(path: str | os.PathLike, *, step: int | None = None) -> dict[str, np.ndarray]:
   """Loads everything a checkpoint holds of a run's state as numpy arrays by path."""
   folder = _step_folder(path, step)
   restored = _restore_numpy(folder, _metadata(folder))
@@ -222,7 +248,7 @@ def load_state(path: str | pathlib.Path, *, step: int | None = None) -> dict[str
   return {jax.tree_util.keystr(key, simple=True, separator='/'): leaf for key, leaf in leaves}
 
 
-def _metadata(folder: pathlib.Path) -> Any:
+def _metadata(folder: folders.Folder) -> Any:
   handler = ocp.PyTreeCheckpointHandler()
   try:
     return handler.metadata(epath.Path(folder / 'state')).tree
@@ -230,7 +256,7 @@ def _metadata(folder: pathlib.Path) -> Any:
     handler.close()
 
 
-def _restore_numpy(folder: pathlib.Path, item: Any) -> Any:
+def _restore_numpy(folder: folders.Folder, item: Any) -> Any:
   """Restores part of a state without the devices that it was saved on."""
   restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
   args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
@@ -244,7 +270,7 @@ def save_variables(path: str | pathlib.Path, variables: Mapping[str, Any]) -> No
 
 
 def load(
-  path: str | pathlib.Path, *, ema: bool | None = None, step: int | None = None
+  path: str | os.PathLike, *, ema: bool | None = None, step: int | None = None
 ) -> tuple[base.Classifier, dict[str, Any], Any]:
   """Loads a run: its model, variables and config. See `load_variables`."""
   folder = _step_folder(path, step)

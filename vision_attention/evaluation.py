@@ -1,7 +1,6 @@
 """Weights evaluated: on the run's own test split as it trains, and on all that a user asks for."""
 
 import logging
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from vision_attention import checkpoint, convert, macs, planning, suites
+from vision_attention import checkpoint, convert, folders, macs, planning, suites
 from vision_attention.data import pipeline, preprocessing, source
 from vision_attention.models import base, transfer
 from vision_attention.training import evaluate, few_shot, mixing, sharding, state
@@ -85,7 +84,7 @@ def best_name(found: Mapping[str, float]) -> str:
   return 'eval_ema' if 'eval_ema/top1' in found else 'eval'
 
 
-def evaluate_only(config: Any, workdir: pathlib.Path) -> dict[str, float]:
+def evaluate_only(config: Any, workdir: folders.Folder) -> dict[str, float]:
   """Evaluates a run's latest checkpoint, or else the weights of `config.init`, on exact splits.
 
   Raw and averaged weights, on the run's own test split and on those of `config.eval.suites`; probes
@@ -143,7 +142,7 @@ def _facts(plan: planning.Plan, step: int) -> dict[str, Any]:
   }
 
 
-def _weights(plan: planning.Plan, workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
+def _weights(plan: planning.Plan, workdir: folders.Folder) -> tuple[int, dict[str, Any]]:
   """Returns the step, and variables on the devices by the name of their results."""
   steps, now = checkpoint.steps_of(workdir), plan.shapes[0]
   put = lambda tree: jax.tree.map(

@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from vision_attention import checkpoint, convert, errors, macs
+from vision_attention import checkpoint, convert, errors, folders, macs
 from vision_attention.data import classes, pipeline
 from vision_attention.models import base, depth, registry, tree
 from vision_attention.training import (
@@ -324,8 +323,9 @@ def describe(plan: Plan) -> None:
   print(f'steps         {plan.total} ({config.total}); every {plan.every}')
 
 
-def check_same_run(config: Any, workdir: pathlib.Path) -> None:
+def check_same_run(config: Any, workdir: folders.Folder) -> None:
   """A folder holds one run: another config in it is refused, not mixed in."""
+  tracking.check(config.wandb, workdir)
   path = workdir / checkpoint.CONFIG
   new = json.loads(config.to_json_best_effort())
   if path.exists() and checkpoint.steps_of(workdir):
@@ -342,10 +342,8 @@ def check_same_run(config: Any, workdir: pathlib.Path) -> None:
         'or the same config'
       )
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(new, indent=2))
-    partial.replace(path)
+    folders.make(workdir)
+    folders.write(path, json.dumps(new, indent=2))
 
 
 def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:

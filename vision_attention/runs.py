@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vision_attention import folders
 from vision_attention.training import schedule
 
 CONFIG = 'config.json'
@@ -25,7 +25,7 @@ class Run:
       any. Never the best of several evaluations, which would be chosen by the test images.
   """
 
-  workdir: pathlib.Path
+  workdir: folders.Folder
   config: Mapping[str, Any]
   total: int
   step: int
@@ -53,7 +53,7 @@ def _tuples(value: Any) -> Any:
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def read(workdir: pathlib.Path) -> Run | None:
+def read(workdir: folders.Folder) -> Run | None:
   """Reads a run's folder; None if no run began in it."""
   path = workdir / CONFIG
   if not path.exists():
@@ -97,15 +97,15 @@ def curve(run: Run, metric: str) -> list[tuple[int, float]]:
   )
 
 
-def find(folders: Iterable[pathlib.Path]) -> list[Run]:
+def find(tops: Iterable[folders.Folder]) -> list[Run]:
   """Returns every run in or below the folders, in order of their paths.
 
   Raises:
     FileNotFoundError: if there is none.
   """
-  folders = list(folders)
-  paths = {p.parent for folder in folders for p in folder.rglob(CONFIG)}
+  tops = list(tops)
+  paths = {path.parent for top in tops for path in folders.find(top, CONFIG)}
   found = [run for path in sorted(paths) if (run := read(path)) is not None]
   if not found:
-    raise FileNotFoundError(f'no run lies in {", ".join(map(str, folders))}')
+    raise FileNotFoundError(f'no run lies in {", ".join(map(str, tops))}')
   return found

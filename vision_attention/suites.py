@@ -11,13 +11,13 @@ import dataclasses
 import io
 import json
 import logging
-import pathlib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import ml_collections
 
+from vision_attention import folders
 from vision_attention.data import classes, pipeline, source
 
 logger = logging.getLogger('vision_attention')
@@ -93,7 +93,7 @@ def _suite(name: str, config: Any, ours: Sequence[str], index: int, count: int) 
   return Suite(name, batches, pick, among)
 
 
-def write(workdir: pathlib.Path, facts: Mapping[str, Any], found: Mapping[str, float]) -> None:
+def write(workdir: folders.Folder, facts: Mapping[str, Any], found: Mapping[str, float]) -> None:
   """Writes what was found, with what it was found of, to one JSON file and one CSV file of a row.
 
   Args:
@@ -107,8 +107,6 @@ def write(workdir: pathlib.Path, facts: Mapping[str, Any], found: Mapping[str, f
   table.writeheader()
   table.writerow({**facts, **found})
   content = json.dumps({**facts, 'versions': versions, 'results': dict(found)}, indent=2)
-  workdir.mkdir(parents=True, exist_ok=True)
-  for name, text in ((JSON, content + '\n'), (CSV, row.getvalue())):
-    partial = workdir / f'{name}.partial'
-    partial.write_text(text)
-    partial.replace(workdir / name)
+  folders.make(workdir)
+  folders.write(workdir / JSON, content + '\n')
+  folders.write(workdir / CSV, row.getvalue())

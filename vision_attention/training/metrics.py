@@ -2,13 +2,13 @@
 
 import json
 import logging
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from vision_attention import folders
 from vision_attention.training import tracking
 
 # A logger of our own: the libraries below speak through absl's, and too much.
@@ -17,20 +17,18 @@ METRICS = 'metrics.jsonl'
 TIMING = 'timing.jsonl'
 
 
-def _truncate(path: pathlib.Path, step: int) -> None:
+def _truncate(lines: folders.Lines, step: int) -> None:
   """Drops what was written after `step`, and a last line that a kill cut short."""
-  if not path.exists():
+  text, kept = lines.text, []
+  if not text:
     return
-  kept = []
-  for line in path.read_text().splitlines():
+  for line in text.splitlines():
     try:
       if json.loads(line)['step'] <= step:
         kept.append(line + '\n')
     except (json.JSONDecodeError, KeyError):
       continue
-  partial = path.with_suffix('.partial')
-  partial.write_text(''.join(kept))
-  partial.replace(path)
+  lines.replace(''.join(kept))
 
 
 class Writer:
@@ -46,23 +44,24 @@ class Writer:
     config: of the run, for Weights & Biases if it names a project there.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int, active: bool, config: Any = None):
-    self._folder = workdir
+  def __init__(self, workdir: folders.Folder, step: int, active: bool, config: Any = None):
+    self._bucket = folders.is_bucket(workdir)
+    self._lines = {name: folders.Lines(workdir / name) for name in (METRICS, TIMING)}
     self._board = self._tracker = None
     if active:
-      workdir.mkdir(parents=True, exist_ok=True)
-      for name in (METRICS, TIMING):
-        _truncate(workdir / name, step)
-      self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+      folders.make(workdir)
+      for lines in self._lines.values():
+        _truncate(lines, step)
+      self._events = folders.Staging(workdir / 'tensorboard')
+      self._board = SummaryWriter(str(self._events.path), purge_step=step + 1)
       if config is not None and config.wandb.project:
         self._tracker = tracking.Tracker(config.wandb, workdir, config)
 
   def write(self, step: int, values: Mapping[str, float], *, timing: bool = False) -> None:
-    """Appends one line and flushes it."""
+    """Appends one line, which on a disk is there at once, in a bucket after `flush`."""
     if self._board is None:
       return
-    with (self._folder / (TIMING if timing else METRICS)).open('a') as file:
-      file.write(json.dumps({'step': step, **values}) + '\n')
+    self._lines[TIMING if timing else METRICS].add(json.dumps({'step': step, **values}))
     for key, value in values.items():
       self._board.add_scalar(key, value, step)
     if self._tracker is not None:
@@ -70,14 +69,23 @@ class Writer:
 
   def has(self, step: int, key: str) -> bool:
     """Whether a metric was written at a step, by this process or before a restart."""
-    path = self._folder / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = self._lines[METRICS].text.splitlines()
     return any(row['step'] == step and key in row for row in map(json.loads, lines))
+
+  def flush(self) -> None:
+    """Brings into a bucket what it does not have yet; a folder on a disk has everything."""
+    for lines in self._lines.values():
+      lines.flush()
+    if self._board is not None and self._bucket:
+      self._board.flush()
+      self._events.upload()
 
   def close(self) -> None:
     """Writes what is left of TensorBoard's file, and of Weights & Biases' run."""
     if self._board is not None:
+      self.flush()
       self._board.close()
+      self._events.upload()
     if self._tracker is not None:
       self._tracker.close()
 
