@@ -43,8 +43,10 @@ def _save(workdir, scores: dict[int, float | None], *, latest=1, best=1) -> None
 def test_the_latest_and_the_best_are_kept(tmp_path):
   _save(tmp_path, {10: 50.0, 20: 90.0, 30: None, 40: 70.0, 50: None})
   assert checkpoint.steps_of(tmp_path) == [20, 50]
-  _save(tmp_path, {60: 95.0, 70: None}, latest=2)
-  assert checkpoint.steps_of(tmp_path) == [60, 70]
+  _save(tmp_path, {60: 80.0, 70: None}, latest=2)
+  assert checkpoint.steps_of(tmp_path) == [20, 60, 70], 'the best of before the restart is kept'
+  _save(tmp_path, {80: 95.0, 90: None}, latest=1)
+  assert checkpoint.steps_of(tmp_path) == [80, 90]
 
 
 @pytest.mark.fast

@@ -55,15 +55,16 @@ class Manager:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('broken checkpoints are removed')
     policies: list[Any] = [preservation_policy.LatestN(max(1, keep_latest))]
+    score = lambda metrics: metrics[best_by]
     if keep_best:
       policies.append(
         preservation_policy.BestN(
-          get_metric_fn=lambda metrics: metrics[best_by],
-          n=keep_best,
-          keep_checkpoints_without_metrics=False,
+          get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False
         )
       )
     options = ocp.CheckpointManagerOptions(
+      # With it the scores are saved, so that a run that goes on knows its best checkpoint.
+      best_fn=score,
       preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
       # What a killed process left half-written is removed, and never listed as a step.
       cleanup_tmp_directories=True,
