@@ -55,16 +55,15 @@ class Manager:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('broken checkpoints are removed')
     policies: list[Any] = [preservation_policy.LatestN(max(1, keep_latest))]
-    score = lambda metrics: metrics[best_by]
     if keep_best:
       policies.append(
         preservation_policy.BestN(
-          get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False
+          get_metric_fn=lambda metrics: metrics[best_by],
+          n=keep_best,
+          keep_checkpoints_without_metrics=False,
         )
       )
     options = ocp.CheckpointManagerOptions(
-      # With it the scores are saved, so that a run that goes on knows its best checkpoint.
-      best_fn=score,
       preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
       # What a killed process left half-written is removed, and never listed as a step.
       cleanup_tmp_directories=True,
@@ -101,13 +100,17 @@ class Manager:
       state, window = jax.tree.map(lambda x: x.copy(), (state, window))
     self.wait()
     self._begun = step
-    args = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(state),
-      window=ocp.args.PyTreeSave(window),
-      config=ocp.args.JsonSave(json.loads(config.to_json_best_effort())),
-    )
+    items: dict[str, Any] = {
+      'state': ocp.args.PyTreeSave(state),
+      'window': ocp.args.PyTreeSave(window),
+      'config': ocp.args.JsonSave(json.loads(config.to_json_best_effort())),
+    }
+    scores = dict(metrics) if metrics else None
+    if scores:
+      # Where Orbax looks for them when a run goes on, to know the best checkpoint of before.
+      items['metrics'] = ocp.args.JsonSave(scores)
     with self._writing():
-      self._manager.save(step, args=args, metrics=dict(metrics) if metrics else None, force=True)
+      self._manager.save(step, args=ocp.args.Composite(**items), metrics=scores, force=True)
 
   def restore(self, step: int, state: Any, window: Any) -> tuple[Any, Any]:
     """Restores into shapes with shardings (`ShapeDtypeStruct`s), bit for bit.
