@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vision_attention.ops import attention
+from vision_attention.ops import attention, fusion
 
 
 class MultiHeadAttention(nn.Module):
@@ -51,6 +51,7 @@ class MultiHeadAttention(nn.Module):
         kernel_init=self.kernel_init,
         dtype=self.dtype,
         param_dtype=self.param_dtype,
+        dot_general=fusion.dot_general,
         name=name,
       )
 

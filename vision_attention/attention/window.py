@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vision_attention.ops import relative_position, windows
+from vision_attention.ops import fusion, relative_position, windows
 
 
 class PartitionAttention(nn.Module):
@@ -64,6 +64,7 @@ class PartitionAttention(nn.Module):
         kernel_init=self.kernel_init,
         dtype=self.dtype,
         param_dtype=self.param_dtype,
+        dot_general=fusion.dot_general,
         name=name,
       )
 

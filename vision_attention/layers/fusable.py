@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vision_attention.layers import conv, initializers, norm
+from vision_attention.ops import fusion
 
 Params = Mapping[str, Any]
 
@@ -80,6 +81,7 @@ class LinearNorm(_ThenNorm):
       kernel_init=self.kernel_init,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
+      dot_general=fusion.dot_general,
       name='linear',
     )(x)
     return self.normed(y, train=train)
