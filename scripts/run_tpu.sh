@@ -9,9 +9,9 @@
 # What stands behind `--` goes to main.py. The run's folder must be one that all workers see, and
 # that outlives them: after a preemption it is what the run goes on from. That is one in a bucket,
 # gs://NAME/..., or on a disk of the network; --bucket mounts a bucket at /mnt/NAME on every worker,
-# with gcsfuse, for what reads files only. main.py ends with 0 when it is
-# through, and with 2 when it refuses a config, which no further try would mend. --dry_run prints
-# the commands and runs none. --keep leaves the TPU VM when the run is through.
+# with gcsfuse, for what reads files only. main.py ends with 0 when it is through, and with 2 when it
+# refuses a config, which no further try would mend. --dry_run prints the commands and runs none.
+# --keep leaves the TPU VM when the run is through.
 set -euo pipefail
 
 name='' zone='' project='' type='' spot='' keep='' dry_run='' tries=100

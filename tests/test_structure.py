@@ -19,7 +19,7 @@ ALLOWED = {
   'layers': {'errors', 'ops'},
   'attention': {'errors', 'ops', 'layers'},
   'models': {'errors'} | _BELOW_MODELS,
-  'data': {'errors'},
+  'data': {'errors', 'folders'},
   'training': {'errors', 'folders', 'ops'},
   'weights': {'errors', 'torch_file'},
   'macs': {'errors', 'models', 'ops'},

@@ -79,8 +79,11 @@ def write(path: Folder, text: str) -> None:
     OSError: if it cannot be written.
   """
   if not is_bucket(path):
-    partial = path.with_name(path.name + '.partial')
-    partial.write_text(text)
+    partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    with partial.open('w') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
     partial.replace(path)
     return
   try:

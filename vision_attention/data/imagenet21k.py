@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vision_attention import errors
+from vision_attention import errors, folders
 from vision_attention.data import (
   imagenet,
   imagenet_classes,
@@ -146,7 +146,7 @@ def _counted(path: pathlib.Path, kind: str, where: pathlib.Path) -> dict[str, in
       return saved['counts']
   counts = count_images(path, kind)
   where.parent.mkdir(parents=True, exist_ok=True)
-  shards.save(where, json.dumps({'stamp': stamp, 'counts': counts}))
+  folders.write(where, json.dumps({'stamp': stamp, 'counts': counts}))
   return counts
 
 

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from vision_attention import errors
+from vision_attention import errors, folders
 from vision_attention.data import records
 
 _SKIPPED = ('file_name', 'what', 'why')
@@ -93,16 +93,6 @@ def _sync(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def save(path: pathlib.Path, text: str) -> None:
-  """Writes a text file whole or not at all."""
-  temporary = path.with_name(f'{path.name}.{os.getpid()}')
-  with temporary.open('w') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
-
-
 @contextlib.contextmanager
 def _explained(path: pathlib.Path) -> Iterator[None]:
   """Turns what the disk says into one error that names the file."""
@@ -170,7 +160,9 @@ def _run_unit(work: pathlib.Path, number: int, payload: Any, make: Make, file_fo
     files[found.split].add(found.content)
   parts = {split: mine.finish() for split, mine in files.items()}
   with _explained(work / f'unit-{number:06d}.json'):
-    save(work / f'unit-{number:06d}.json', json.dumps({'parts': parts, 'remarks': remarks}))
+    folders.write(
+      work / f'unit-{number:06d}.json', json.dumps({'parts': parts, 'remarks': remarks})
+    )
 
 
 def _end_with_parent() -> None:
@@ -253,7 +245,7 @@ def _collect(work: pathlib.Path, count: int, spec: Spec) -> dict[str, Any]:
     raise ValueError(f'{spec.name} has no images')
   found = {'splits': dict(sorted(splits.items())), 'remarks': remarks}
   with _explained(work / 'complete.json'):
-    save(work / 'complete.json', json.dumps(found))
+    folders.write(work / 'complete.json', json.dumps(found))
   return found
 
 
@@ -309,7 +301,7 @@ def _finish(work: pathlib.Path, found: dict[str, Any], spec: Spec) -> pathlib.Pa
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows([_SKIPPED, *found['remarks']])
     for name, content in {'remarks.csv': text.getvalue(), **spec.files}.items():
-      save(folder / name, content)
+      folders.write(folder / name, content)
     _metadata(folder, found, spec)
     for path in folder.iterdir():
       _sync(path)
@@ -380,7 +372,7 @@ def build(
       )
     if not kept:
       with _explained(work / 'plan.json'):
-        save(work / 'plan.json', plan)
+        folders.write(work / 'plan.json', plan)
     if (work / 'complete.json').exists():
       found = json.loads((work / 'complete.json').read_text())
     else:

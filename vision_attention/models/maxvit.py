@@ -56,8 +56,9 @@ class Parallel(nn.Module):
   The first projection doubles the channels; either layer, with its own shortcuts and MLP, takes
   half of the heads (section 4.5, Table 10). The text tells of no norm, biases or shortcut around
   both. With norm and biases the parameters of all four sizes are, truncated, the printed ones;
-  without either of them MaxViT-T's 34.5 million are 34.4. The shortcut is that of MAXIM (arXiv
-  2201.02973), to which the text refers for parallel designs.
+  without either of them MaxViT-T's 34.5 million are 34.4. MAXIM (arXiv 2201.02973), to which the
+  text refers for parallel designs, has all three in its code; and a GELU after the first
+  projection, of which the text has nothing, and which is not here.
 
   Attributes:
     dim: output width, and that of either layer.
