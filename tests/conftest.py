@@ -8,6 +8,8 @@ from tests import bucket, compilation
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('XLA_FLAGS', compilation.FLAGS)
+# Where nothing answers: what a test's bucket leaves running asks no real one.
+os.environ['STORAGE_EMULATOR_HOST'] = 'http://127.0.0.1:9'
 # Children and workers inherit these. Without the next, glibc gives every large buffer back to the
 # kernel and has it cleared again.
 os.environ.setdefault(
