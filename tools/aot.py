@@ -20,7 +20,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from vision_attention import aot
+from vision_attention import aot, errors
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file('config', None, 'Config file, with arguments after a colon.')
@@ -89,8 +89,7 @@ def main(argv: list[str]) -> None:
     else:
       report = aot.compile_step(config, FLAGS.topology, FLAGS.batch_per_device or None)
   except (ValueError, ModuleNotFoundError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    errors.refuse(str(error))
   _print(config.model.name, report)
 
 

@@ -25,7 +25,8 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
 
 def refuse(message: str) -> NoReturn:
   """Ends the process with a message and exit code 2."""
-  print(f'error: {message}', file=sys.stderr)
+  # In one piece, and on a line of its own where a library's thread has begun one.
+  sys.stderr.write(f'\nerror: {message}\n')
   sys.exit(2)
 
 
