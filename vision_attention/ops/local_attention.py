@@ -7,6 +7,9 @@ is the same computation with the keys masked that are further than `kernel // 2`
 
 Windows are put together from slices of the neighbouring blocks: neither a gather, whose gradient
 is a scatter, nor a convolution with one-hot kernels.
+
+Logits have the pixels of a block in one axis and those of a window in another. Axes of 8 or 14
+pixels would be padded to tiles of 128 on a TPU, at nine times the memory.
 """
 
 import functools
@@ -171,6 +174,11 @@ def _windows(x: Float[Array, 'b h w n d'], near: Neighbourhood) -> Float[Array, 
   return _extend(_extend(blocks, 2, 4, near.halo), 3, 5, near.halo)
 
 
+def _flatten(x: Float[Array, 'b n i j h w d']) -> Float[Array, 'b n i j hw d']:
+  """Returns the pixels of every block or window in one axis."""
+  return x.reshape(*x.shape[:4], -1, x.shape[-1])
+
+
 def _position_logits(
   query: Float[Array, 'b n i j p q d'],
   table: Float[Array, '*n offset r'],
@@ -198,24 +206,37 @@ def _logits(
   size: tuple[int, int],
   scale: float,
   position_scale: float,
-) -> Float[Array, 'b n i j p q x y']:
-  """Returns the logits of every query and key of its window in float32, masked."""
-  shape = (*query.shape[:6], *near.window)
-  logits = jnp.zeros((1,) * 8, jnp.float32)
+) -> Float[Array, 'b n i j pq xy']:
+  """Returns the logits of every query and key of its window in float32, masked.
+
+  What depends on a key's row or column alone extends the query, and a one-hot row or column the
+  key: one product has it all, where a sum would write the logits thrice.
+  """
+  grid, window, dtype = query.shape[:4], near.window, query.dtype
+  queries, keys = [], []
   if key is not None:
-    logits = jnp.einsum(
-      'bnijpqd,bnijxyd->bnijpqxy', query * scale, key, preferred_element_type=jnp.float32
-    )
+    queries.append(_flatten(query * scale))
+    keys.append(_flatten(key))
   for axis, table in enumerate((height_table, width_table)):
-    along = jnp.zeros((1,) * 7, jnp.float32)
+    along = jnp.zeros((1,) * 7, dtype)
     if table is not None:
-      along = _position_logits(query * position_scale, table, near, axis)
+      along = _position_logits(query * position_scale, table, near, axis).astype(dtype)
     seen = axis_mask(size[axis], near.block[axis], near)
-    if not seen.all():
-      mask = np.where(seen, 0.0, _MASKED).astype(np.float32)
-      along = along + np.expand_dims(mask, (1, 3) if axis == 0 else (0, 2))
-    logits = logits + jnp.expand_dims(along, 7 - axis)
-  return jnp.broadcast_to(logits, shape)
+    if table is None and seen.all():
+      continue
+    # Two such logits may add up.
+    masked = max(_MASKED, float(jnp.finfo(dtype).min) / 4)
+    mask = jnp.asarray(np.where(seen, 0.0, masked), dtype)
+    along = along + jnp.expand_dims(mask, (1, 3) if axis == 0 else (0, 2))
+    queries.append(_flatten(jnp.broadcast_to(along, (*query.shape[:6], window[axis]))))
+    one_hot = jnp.asarray(np.eye(window[axis])[np.indices(window)[axis].ravel()], dtype)
+    keys.append(jnp.broadcast_to(one_hot, (*grid, *one_hot.shape)))
+  return jnp.einsum(
+    'bnijqd,bnijkd->bnijqk',
+    jnp.concatenate(queries, -1),
+    jnp.concatenate(keys, -1),
+    preferred_element_type=jnp.float32,
+  )
 
 
 def _attend(
@@ -235,22 +256,22 @@ def _attend(
   logits = _logits(
     blocks, keys, height_table, width_table, near, (height, width), scale, position_scale
   )
-  weights = jnp.exp(logits - lax.stop_gradient(logits.max((-2, -1), keepdims=True)))
-  total = jnp.einsum('bnijpqxy->bnijpq', weights)
+  weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
   mixed = jnp.einsum(
-    'bnijpqxy,bnijxye->bnijpqe',
+    'bnijqk,bnijkd->bnijqd',
     weights.astype(value.dtype),
-    _windows(value, near),
+    _flatten(_windows(value, near)),
     preferred_element_type=jnp.float32,
   )
-  mixed = (mixed / total[..., None]).astype(value.dtype)
+  mixed = (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype)
+  mixed = mixed.reshape(*blocks.shape[:6], -1)
   return _unblock(mixed, (query.shape[1], query.shape[2]))
 
 
 @functools.cache
 def _compiled(near: Neighbourhood, scale: float, position_scale: float, macs: int):
   attend = functools.partial(_attend, near=near, scale=scale, position_scale=position_scale)
-  return cost.declare(attend, macs) if macs else jax.jit(attend)
+  return cost.declare(attend, macs)
 
 
 def local_attention(
@@ -289,14 +310,12 @@ def local_attention(
       f'queries are {query.shape[1]}x{query.shape[2]}, but a map of {value.shape[1]}x'
       f'{value.shape[2]} has {expected[0]}x{expected[1]} of them at stride {near.stride}'
     )
-  macs = 0
-  if near.kernel:
-    # Products with masked keys are a price of the form, and not of the operator.
-    dims = value.shape[-1] + (0 if key is None else key.shape[-1])
-    pairs = near.kernel**2 * dims
-    for table in (height_table, width_table):
-      pairs += 0 if table is None else near.kernel * table.shape[-1]
-    macs = query.size // query.shape[-1] * pairs
+  # One-hot keys, and with a kernel products with masked keys, are a price of the form.
+  rows, columns = (near.kernel,) * 2 if near.kernel else near.window
+  pairs = rows * columns * (value.shape[-1] + (0 if key is None else key.shape[-1]))
+  for length, table in ((rows, height_table), (columns, width_table)):
+    pairs += 0 if table is None else length * table.shape[-1]
+  macs = query.size // query.shape[-1] * pairs
   run = _compiled(near, scale, position_scale, macs)
   return run(query, key, value, height_table, width_table)
 
@@ -321,7 +340,8 @@ def local_attention_weights(
   blocks = _blocks(query, (near.block[0] // near.stride, near.block[1] // near.stride))
   keys = None if key is None else _windows(key, near)
   logits = _logits(blocks, keys, height_table, width_table, near, size, scale, position_scale)
-  weights = jax.nn.softmax(logits, (-2, -1))
+  weights = jax.nn.softmax(logits)
+  weights = weights.reshape(*blocks.shape[:6], *near.window)
   if near.kernel:
     taps = np.arange(near.kernel)
     p = np.arange(near.block[0])[:, None, None, None]
