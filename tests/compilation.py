@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import jax
 import pytest
 
 FLAGS = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
@@ -20,7 +21,8 @@ def flags(devices: int) -> str:
 
 @contextlib.contextmanager
 def without_flags() -> Iterator[None]:
-  """Lets the compiler for TPUs load, which ends a process whose flags are for the CPU."""
+  """Lets a first program be compiled for TPUs, which ends a process whose flags are for the CPU."""
+  jax.devices()  # reads the flags for itself
   with pytest.MonkeyPatch.context() as patch:
     patch.delenv('XLA_FLAGS', raising=False)
     yield

@@ -1,6 +1,6 @@
-"""A TPU program with the project's convolutions is that of plain XLA ones, by cost analysis.
+"""TPU programs of operators: convolutions cost what XLA's own do, attention is not padded.
 
-Compiled ahead of time for a TPU v4 that need not be there.
+By cost and memory analysis, compiled ahead of time for a TPU v4 that need not be there.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import compilation
-from vision_attention.ops import convolution
+from vision_attention.ops import convolution, local_attention
 
 pytest.importorskip('libtpu', reason='libtpu exists for Linux on x86-64 only')
 pytestmark = [pytest.mark.aot, pytest.mark.optimized]
@@ -34,17 +34,23 @@ def sharding():
     topology = topologies.get_topology_desc(
       platform='tpu', topology_name='v4:2x2x1', chip_config_name='megacore'
     )
-  mesh = jax.sharding.Mesh(np.array(topology.devices)[:1], ('data',))
-  return NamedSharding(mesh, PartitionSpec())
+    mesh = jax.sharding.Mesh(np.array(topology.devices)[:1], ('data',))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    _compile(jnp.sin, [(8, 128)], sharding)
+  return sharding
 
 
-def _cost(function, shapes, sharding):
+def _compile(function, shapes, sharding):
   def loss(*args):
     y, pull = jax.vjp(function, *args)
     return y, pull(jnp.cos(y))
 
   args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding) for s in shapes]
-  cost = jax.jit(loss).lower(*args).compile().cost_analysis()
+  return jax.jit(loss).lower(*args).compile()
+
+
+def _cost(function, shapes, sharding):
+  cost = _compile(function, shapes, sharding).cost_analysis()
   return {key: cost[key] for key in ('flops', 'bytes accessed', 'optimal_seconds')}
 
 
@@ -104,3 +110,14 @@ def test_the_comparison_sees_another_form(sharding):
 
   plain = functools.partial(_plain, stride=1, groups=1)
   assert _cost(forced, shapes, sharding) != _cost(plain, shapes, sharding)
+
+
+def test_logits_of_local_attention_are_not_padded(sharding):
+  """Axes of 8 or 14 pixels at the end of an array, padded to tiles, held 20 times the logits."""
+  batch, size, heads, dim = 32, 16, 4, 16
+  near = local_attention.halo(8, 3)
+  maps, table = (batch, size, size, heads, dim), (local_attention.table_size(near), dim)
+  attend = functools.partial(local_attention.local_attention, near=near)
+  program = _compile(attend, [maps, maps, maps, table, table], sharding)
+  logits = batch * heads * size**2 * np.prod(near.window) * 4
+  assert program.memory_analysis().temp_size_in_bytes < 3 * logits
