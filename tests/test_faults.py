@@ -1,10 +1,13 @@
 """Faults: a run ends as if nothing had happened, or with one message, and nothing saved is lost."""
 
 import concurrent.futures
+import contextlib
 import json
+import pathlib
 import random
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -134,6 +137,30 @@ def test_fifty_kills_change_nothing(whole, cache, data_dir, tmp_path):
   assert {kill.split()[0] for kill in kills} == {'SIGKILL', 'SIGTERM'}
   for folder in folders:
     _assert_same(_final(folder, STEPS), whole)
+
+
+def _parents():
+  """Returns the parent of every process that runs."""
+  found = {}
+  for status in pathlib.Path('/proc').glob('[0-9]*/stat'):
+    with contextlib.suppress(OSError):  # ended while we looked
+      state, parent = status.read_text().rpartition(')')[2].split()[:2]
+      if state != 'Z':
+        found[int(status.parent.name)] = int(parent)
+  return found
+
+
+@pytest.mark.skipif(not pathlib.Path('/proc/self/stat').exists(), reason='reads /proc of Linux')
+def test_no_worker_outlives_a_run(start, data_dir, tmp_path):
+  run = start(_config(data_dir, **{'data.num_workers': 1}), tmp_path / 'run')
+  assert run.until(lambda: run.step() > 1), run.output()[-3000:]
+  workers = {pid for pid, parent in _parents().items() if parent == run.pid}
+  assert workers
+  run.kill()
+  end = time.monotonic() + 30
+  while left := workers & _parents().keys():
+    assert time.monotonic() < end, f'{left} go on'
+    time.sleep(0.05)
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(start, short, data_dir, tmp_path):
