@@ -174,7 +174,7 @@ def _windows(x: Float[Array, 'b h w n d'], near: Neighbourhood) -> Float[Array, 
   return _extend(_extend(blocks, 2, 4, near.halo), 3, 5, near.halo)
 
 
-def _flatten(x: Float[Array, 'b n i j h w d']) -> Float[Array, 'b n i j hw d']:
+def flatten(x: Float[Array, 'b n i j h w d']) -> Float[Array, 'b n i j hw d']:
   """Returns the pixels of every block or window in one axis."""
   return x.reshape(*x.shape[:4], -1, x.shape[-1])
 
@@ -215,8 +215,8 @@ def _logits(
   grid, window, dtype = query.shape[:4], near.window, query.dtype
   queries, keys = [], []
   if key is not None:
-    queries.append(_flatten(query * scale))
-    keys.append(_flatten(key))
+    queries.append(flatten(query * scale))
+    keys.append(flatten(key))
   for axis, table in enumerate((height_table, width_table)):
     along = jnp.zeros((1,) * 7, dtype)
     if table is not None:
@@ -228,7 +228,7 @@ def _logits(
     masked = max(_MASKED, float(jnp.finfo(dtype).min) / 4)
     mask = jnp.asarray(np.where(seen, 0.0, masked), dtype)
     along = along + jnp.expand_dims(mask, (1, 3) if axis == 0 else (0, 2))
-    queries.append(_flatten(jnp.broadcast_to(along, (*query.shape[:6], window[axis]))))
+    queries.append(flatten(jnp.broadcast_to(along, (*query.shape[:6], window[axis]))))
     one_hot = jnp.asarray(np.eye(window[axis])[np.indices(window)[axis].ravel()], dtype)
     keys.append(jnp.broadcast_to(one_hot, (*grid, *one_hot.shape)))
   return jnp.einsum(
@@ -260,7 +260,7 @@ def _attend(
   mixed = jnp.einsum(
     'bnijqk,bnijkd->bnijqd',
     weights.astype(value.dtype),
-    _flatten(_windows(value, near)),
+    flatten(_windows(value, near)),
     preferred_element_type=jnp.float32,
   )
   mixed = (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype)

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from vision_attention.ops import cost
+from vision_attention.ops.local_attention import flatten
 
 # A matter of speed and memory alone: most keys of a smaller block are copies, most products of a
 # larger one are with keys that the query does not see.
@@ -64,19 +65,19 @@ def _logits(
   kernel: int,
   stride: int,
   scale: float,
-) -> Float[Array, 'b n i j r s x y']:
+) -> Float[Array, 'b n i j rs xy']:
   batch, height, width, heads, dim = query.shape
   (m, p), (n, q) = rows, columns = _split(height, stride), _split(width, stride)
   query = jnp.pad(query, ((0, 0), (0, m * p - height), (0, n * q - width), (0, 0), (0, 0)))
   blocks = query.reshape(batch, m, p, n, q, heads, dim).transpose(0, 5, 1, 3, 2, 4, 6)
   logits = jnp.einsum(
-    'bnijpqd,bnijxyd->bnijpqxy',
-    blocks * scale,
-    _windows(key, kernel, stride, rows, columns),
+    'bnijqd,bnijkd->bnijqk',
+    flatten(blocks * scale),
+    flatten(_windows(key, kernel, stride, rows, columns)),
     preferred_element_type=jnp.float32,
   )
   seen = _seen(kernel, stride, p)[:, None, :, None] & _seen(kernel, stride, q)[:, None, :]
-  return jnp.where(seen, logits, _MASKED)
+  return jnp.where(seen.reshape(p * q, -1), logits, _MASKED)
 
 
 def _unblock(
@@ -98,16 +99,18 @@ def _attend(
   scale: float,
 ) -> Float[Array, 'b p q n e']:
   height, width = query.shape[1:3]
+  rows, columns = _split(height, stride), _split(width, stride)
   logits = _logits(query, key, kernel, stride, scale)
-  weights = jnp.exp(logits - lax.stop_gradient(logits.max((-2, -1), keepdims=True)))
-  total = jnp.einsum('bnijpqxy->bnijpq', weights)
+  weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
   mixed = jnp.einsum(
-    'bnijpqxy,bnijxye->bnijpqe',
+    'bnijqk,bnijkd->bnijqd',
     weights.astype(value.dtype),
-    _windows(value, kernel, stride, _split(height, stride), _split(width, stride)),
+    flatten(_windows(value, kernel, stride, rows, columns)),
     preferred_element_type=jnp.float32,
   )
-  return _unblock((mixed / total[..., None]).astype(value.dtype), height, width)
+  mixed = (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype)
+  mixed = mixed.reshape(*mixed.shape[:4], rows[1], columns[1], -1)
+  return _unblock(mixed, height, width)
 
 
 @functools.cache
@@ -158,7 +161,10 @@ def reflected_attention_weights(
 ) -> Float[Array, 'b n p q taps']:
   """Returns the attention map, the taps row by row; see `reflected_attention`."""
   _check(query, key, kernel, stride)
-  weights = jax.nn.softmax(_logits(query, key, kernel, stride, scale), (-2, -1))
+  sides = [_split(size, stride)[1] for size in query.shape[1:3]]
+  windows = [stride * (side - 1) + kernel for side in sides]
+  weights = jax.nn.softmax(_logits(query, key, kernel, stride, scale))
+  weights = weights.reshape(*weights.shape[:4], *sides, *windows)
   p, q, x, y = np.ix_(*(np.arange(n) for n in (*weights.shape[4:6], kernel, kernel)))
   weights = weights[:, :, :, :, p, q, stride * p + x, stride * q + y]
   weights = weights.reshape(*weights.shape[:6], -1)
