@@ -89,6 +89,12 @@ def test_convolution_costs_what_the_plain_one_costs(
   assert cost['flops'] > 0
 
 
+def test_gradient_of_a_gate_compiles(sharding):
+  """As XLA's own convolution, the gradient of this kernel takes the compiler half an hour."""
+  shapes = [(128, 56, 56, 2), (7, 7, 2, 1)]
+  assert _cost(convolution.conv, shapes, sharding)['flops'] > 0
+
+
 def test_max_pool_costs_what_the_plain_one_costs(sharding):
   def plain(x):
     low = np.asarray(-np.inf, x.dtype)[()]

@@ -88,6 +88,35 @@ def test_any_shape_and_padding(size, stride, height, width, depthwise, padding):
   _assert_same(ours, functools.partial(_plain, **options), x, kernel)
 
 
+@hypothesis.given(
+  size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+  stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+  dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+  extra=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+  channels=st.integers(1, 3),
+)
+@hypothesis.settings(max_examples=8, deadline=None)
+def test_gradient_of_one_output_tap_by_tap(size, stride, dilation, extra, channels):
+  """The form that TPUs have in place of a convolution, for any kernel and map."""
+  height, width = ((k - 1) * d + 1 + e for k, d, e in zip(size, dilation, extra, strict=True))
+  x, kernel = _normal((2, height, width, channels)), _normal((*size, channels, 1), 1)
+
+  def plain(kernel):
+    return lax.conv_general_dilated(
+      x,
+      kernel,
+      stride,
+      'VALID',
+      rhs_dilation=dilation,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+  y, pull = jax.vjp(plain, kernel)
+  g = _normal(y.shape, 2)
+  found = convolution.dw_by_taps(x, g, size, stride, dilation)
+  np.testing.assert_allclose(found, pull(g)[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('case', ['1x1', 'depthwise 3x3', 'winograd', 'dense 3x3 stride 2'])
 def test_bfloat16_stays_bfloat16(case):
   size, inputs, outputs, groups, stride, shape = CASES[case]

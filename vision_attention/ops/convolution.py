@@ -148,6 +148,27 @@ def _choose(on_cpu: Callable | None, default: Callable, *args: jax.Array) -> jax
   return lax.platform_dependent(*args, cpu=on_cpu, default=default)
 
 
+def dw_by_taps(
+  x: Float[Array, 'b h w c'],
+  g: Float[Array, 'b p q 1'],
+  size: Sequence[int],
+  stride: tuple[int, int],
+  dilation: tuple[int, int],
+) -> Float[Array, 'y x c 1']:
+  """Returns the gradient of a kernel with one output channel, a sum per tap, from a padded map.
+
+  The compiler for TPUs would take half an hour over the convolution that it is.
+  """
+  rows, columns = g.shape[1:3]
+  taps = []
+  for i in range(size[0]):
+    for j in range(size[1]):
+      top, left = i * dilation[0], j * dilation[1]
+      seen = x[:, top :: stride[0], left :: stride[1]][:, :rows, :columns]
+      taps.append(jnp.sum(seen.astype(jnp.float32) * g.astype(jnp.float32), (0, 1, 2)))
+  return jnp.stack(taps).reshape(*size, -1, 1).astype(x.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: jax.Array, kernel: jax.Array, spec: _Spec) -> jax.Array:
   form = _forms(x, kernel, spec).forward
@@ -186,7 +207,11 @@ def _conv_bwd(spec: _Spec, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Arr
     return jax.linear_transpose(lambda a: _lax_conv(x, a, spec), like)(g)[0]
 
   dx = _choose(forms.dx and dx_cpu, dx_lax, kernel, g)
-  return dx, _choose(forms.dw and dw_cpu, dw_lax, x, g)
+  if kernel.shape[-1] > 1 or size == (1, 1) or min(map(min, spec.pads)) < 0:
+    return dx, _choose(forms.dw and dw_cpu, dw_lax, x, g)
+  by_taps = lambda x, g: dw_by_taps(_pad(x, spec.pads), g, size, spec.stride, spec.dilation)
+  on_cpu = dw_cpu if forms.dw else dw_lax
+  return dx, lax.platform_dependent(x, g, cpu=on_cpu, tpu=by_taps, default=dw_lax)
 
 
 _conv.defvjp(_conv_fwd, _conv_bwd)
