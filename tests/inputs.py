@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 
 def config(data_dir: str | os.PathLike, **changes: Any) -> ml_collections.ConfigDict:
@@ -24,3 +25,11 @@ def config(data_dir: str | os.PathLike, **changes: Any) -> ml_collections.Config
     'prefetch': 2,
   }
   return ml_collections.ConfigDict(values | changes)
+
+
+def sparse_maps(count, cells, classes, top=2, seed=0):
+  """Float16 `[count, 2, top, h, w]`: logits, and different classes in every cell."""
+  rng = np.random.default_rng(seed)
+  order = rng.permuted(np.tile(np.arange(classes), (count, *cells, 1)), axis=-1)[..., :top]
+  logits = rng.uniform(1, 9, order.shape)
+  return np.moveaxis(np.stack([logits, order], 1), -1, 2).astype(np.float16)

@@ -1,9 +1,8 @@
-"""Label maps: kept, found by image, moved as the image is, and aligned to tokens."""
+"""Label maps: moved as the image is, and aligned to tokens."""
 
 import functools
 import itertools
 import math
-import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +11,11 @@ import pytest
 from PIL import Image
 
 from configs import common, volo_d1
-from tests import archives, inputs
-from tools import prepare_data
+from tests import inputs
 from vision_attention.data import (
-  imagenet,
   label_maps,
-  pipeline,
   preprocessing,
   randaugment,
-  source,
 )
 from vision_attention.ops import label_maps as ops
 from vision_attention.training import objective, optimizer, schedule, state
@@ -60,14 +55,6 @@ def _roi_align(plane, box, grid):
   return found
 
 
-def _maps(count, cells, classes, top=2, seed=0):
-  """Float16 `[count, 2, top, h, w]`: logits, and different classes in every cell."""
-  rng = np.random.default_rng(seed)
-  order = rng.permuted(np.tile(np.arange(classes), (count, *cells, 1)), axis=-1)[..., :top]
-  logits = rng.uniform(1, 9, order.shape)
-  return np.moveaxis(np.stack([logits, order], 1), -1, 2).astype(np.float16)
-
-
 def _dense(sparse, classes):
   found = np.zeros((classes, *sparse.shape[-2:]))
   for rank, y, x in np.ndindex(*sparse.shape[1:]):
@@ -81,7 +68,7 @@ INSIDE = np.tile(np.array([0, 1], np.float32), (2, 2, 1))
 
 @pytest.mark.parametrize('grid', [(3, 4), (1, 1)])
 def test_alignment_is_its_definition(grid):
-  maps, cells = _maps(2, (6, 5), 4), np.array([6, 5])
+  maps, cells = inputs.sparse_maps(2, (6, 5), 4), np.array([6, 5])
   boxes = np.array([[0.1, 0.05, 0.95, 0.5], [0.3, 0.0, 0.55, 1.0]])
   view = np.stack([np.stack([np.diag(b[2:] - b[:2])[i] for b in boxes]) for i in range(2)], 1)
   view = np.concatenate([view, boxes[:, :2, None]], 2).astype(np.float32)
@@ -185,7 +172,7 @@ def test_a_token_has_the_label_of_its_place():
 
 @pytest.mark.parametrize('flipped', [False, True])
 def test_the_released_geometry_exchanges_the_axes_of_a_crop(flipped):
-  sparse = _maps(1, (6, 6), 5)[0]
+  sparse = inputs.sparse_maps(1, (6, 6), 5)[0]
   texts = ['flip(1.0)', CROP] if flipped else [CROP]
   for seed in range(3):
     trace, _, found = _aligned(texts, seed, 'released', sparse, (3, 3), classes=5)
@@ -210,127 +197,6 @@ def test_operations_that_no_map_can_follow_are_refused():
       label_maps.check_operations(texts, geometry)
 
 
-# -- On disk.
-def _integer(value):
-  return b'J' + value.to_bytes(4, 'little')
-
-
-def _text(value):
-  return b'X' + len(value).to_bytes(4, 'little') + value.encode()
-
-
-def _torch_file(path, values):
-  """Writes half-precision numbers as `torch.save` does those of a permuted tensor."""
-  stored = np.ascontiguousarray(np.moveaxis(values, 1, -1))
-  strides = np.array(stored.strides)[[0, 3, 1, 2]] // 2
-  numbers = lambda items: b'(' + b''.join(_integer(int(i)) for i in items) + b't'
-  pid = _text('storage') + b'ctorch\nHalfStorage\n' + _text('0') + _text('cpu')
-  pickled = b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(('
-  pickled += pid + _integer(stored.size) + b'tQ' + _integer(0) + numbers(values.shape)
-  pickled += numbers(strides) + b'\x89ccollections\nOrderedDict\n)RtR.'
-  with zipfile.ZipFile(path, 'w') as archive:
-    archive.writestr('map/data.pkl', pickled)
-    archive.writestr('map/data/0', stored.tobytes())
-
-
-@pytest.fixture(scope='module')
-def prepared(tmp_path_factory):
-  """ImageNet of two classes, and a map of each training image, by file name: folder and maps."""
-  folder, given = tmp_path_factory.mktemp('data'), tmp_path_factory.mktemp('maps')
-  archives.imagenet2012(folder, SYNSETS)
-  imagenet.imagenet2012(folder, folder / 'sets', shard_bytes=20_000)
-  maps = {}
-  for i, name in enumerate(f'{s}_{i}' for s in SYNSETS for i in range(6)):
-    maps[name] = _maps(1, (3, 3), 1000, seed=i)[0]
-    if i % 2:
-      _torch_file(given / f'{name}.pt', maps[name])
-    else:
-      (given / SYNSETS[i // 6]).mkdir(exist_ok=True)
-      _torch_file(given / SYNSETS[i // 6] / f'{name}.pt', maps[name])
-  arguments = ['', 'label_maps', f'--input={given}', f'--data_dir={folder / "sets"}']
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('sys.argv', arguments)
-    assert prepare_data.main() == 0
-  return folder / 'sets', given, maps
-
-
-def _config(prepared, **changes):
-  values = {
-    'name': 'imagenet2012',
-    'eval_split': 'validation',
-    'train_ops': ('flip', 'rand_augment(2, 9)', 'random_resized_crop(16)'),
-    'label_maps': str(prepared[0] / 'label_maps/imagenet2012'),
-  }
-  return inputs.config(prepared[0], **(values | changes))
-
-
-def test_a_map_is_found_by_its_image_in_any_split(prepared):
-  folder, _, maps = prepared
-  found = label_maps.LabelMaps(_config(prepared).label_maps, 'imagenet2012', 1000)
-  assert len(found) == 12
-  for split in ('train', 'train[3:8]'):
-    for record in source.Source('imagenet2012', split, str(folder)):
-      stem = record.file_name.removesuffix('.JPEG')
-      np.testing.assert_array_equal(found.find(record.image, record.name), maps[stem])
-  with pytest.raises(
-    source.MissingDataError, match=r'record a:3 has no label map .* made of other'
-  ):
-    found.find(b'another image', 'a:3')
-  few = label_maps.LabelMaps(_config(prepared).label_maps, 'imagenet2012', 10)
-  with pytest.raises(ValueError, match=r'has class .* and the data set 10 classes'):
-    few.find(record.image, record.name)
-
-
-def test_batches_with_maps_are_a_function_of_the_step(prepared):
-  config = _config(prepared)
-  take = lambda start, count, **process: list(
-    itertools.islice(
-      pipeline.train_batches(config, seed=1, batch_size=4, start_step=start, **process), count
-    )
-  )
-  whole = take(0, 6)
-  for again, first in zip(take(4, 2), whole[4:], strict=True):
-    assert again.keys() == first.keys() > {'label_map', 'label_view', 'label_bounds'}
-    for key in again:
-      np.testing.assert_array_equal(again[key], first[key])
-  parts = [take(5, 1, process_index=i, process_count=2)[0] for i in range(2)]
-  for key in ('label_map', 'label_view', 'image'):
-    joined = np.concatenate([part[key] for part in parts])
-    # However examples are dealt out, each goes with its own map.
-    assert sorted(x.tobytes() for x in joined) == sorted(x.tobytes() for x in whole[5][key])
-  plain = next(
-    pipeline.train_batches(_config(prepared, label_maps=''), seed=1, batch_size=4, start_step=5)
-  )
-  np.testing.assert_array_equal(plain['image'], whole[5]['image'])
-
-
-def test_maps_that_are_missing_or_of_another_form_are_refused(prepared, tmp_path):
-  folder, given, maps = prepared
-  pipeline.dataset_info(_config(prepared))
-  advice = r'make them with: python tools/prepare_data\.py label_maps --name=imagenet2012'
-  with pytest.raises(source.MissingDataError, match=advice):
-    pipeline.dataset_info(_config(prepared, label_maps=str(tmp_path)))
-  for shape, message in (((12, 5, 3, 3), 'not float16'), ((4, 2, 5, 3, 3), 'has 4 maps and')):
-    there = tmp_path / str(shape)
-    there.mkdir()
-    np.save(there / 'keys.npy', np.arange(shape[0], dtype=np.uint64))
-    np.save(there / 'maps.npy', np.zeros(shape, np.float16))
-    with pytest.raises((ValueError, source.MissingDataError), match=message):
-      pipeline.dataset_info(_config(prepared, label_maps=str(there)))
-  train = source.Source('imagenet2012', 'train', str(folder))
-  lacking = lambda path: (
-    next(iter(maps.values()))[:, :1] if path.stem.endswith('_5') else maps[path.stem]
-  )
-  with pytest.raises(ValueError, match=r'_5\.pt has shape \(2, 1, 3, 3\), and others'):
-    label_maps.write(tmp_path / 'a', train, given, lacking)
-  with pytest.raises(FileNotFoundError, match=r'n\d+_\d, has no map: .*pt is missing'):
-    label_maps.write(tmp_path / 'a', train, tmp_path, lacking)
-  assert not (tmp_path / 'a').exists()
-  assert not list(tmp_path.glob('a.partial'))
-  with pytest.raises(FileExistsError, match='remove it'):
-    label_maps.write(folder / 'label_maps/imagenet2012', train, given, lacking)
-
-
 # -- In training.
 def _trained(**changes):
   config = common.get_config()
@@ -353,7 +219,7 @@ def _batch():
     'image': np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8),
     'label': np.array([3, 1], np.int32),
     'corrupt': np.zeros(2, np.int32),
-    'label_map': _maps(2, (3, 3), 5),
+    'label_map': inputs.sparse_maps(2, (3, 3), 5),
     **{k: np.stack([v] * 2) for k, v in label_maps.view(trace, (8, 8), (8, 8), 'image').items()},
   }
 

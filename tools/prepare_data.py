@@ -12,10 +12,10 @@
   python tools/prepare_data.py label_maps --input=<folder>    # of n01440764/*.pt; imagenet2012's
 
 ImageNet's may be killed and repeated: finished files are kept, and the data set appears when it is
-whole, the same to the byte. Label maps (github.com/zihangJiang/TokenLabeling) need it first, and
-land in `label_maps/imagenet2012`, for `config.data.label_maps`. Fashion-MNIST's files are in
-Debian's package dataset-fashion-mnist. A data set lands in `--data_dir` (default: $TFDS_DATA_DIR or
-`data`), where training looks for it.
+whole, the same to the byte; so may label maps (github.com/zihangJiang/TokenLabeling), which need
+the data set, and land in `label_maps/imagenet2012`, for `config.data.label_maps`. Fashion-MNIST's
+files are in Debian's package dataset-fashion-mnist. A data set lands in `--data_dir` (default:
+$TFDS_DATA_DIR or `data`), where training looks for it.
 """
 
 import argparse

@@ -2,15 +2,17 @@
 
 Those of arXiv 2104.10858 (github.com/zihangJiang/TokenLabeling) hold, for each of 18x18 cells of
 the middle square of an image of ImageNet-1k, the five largest logits of an NFNet-F6 and their
-classes. `write` makes a folder of them with two files:
+classes. `write` makes a folder of them with three files:
 
   maps.npy  float16 [images, 2, classes per cell, height, width]: logits, and numbers of classes.
   keys.npy  uint64 [images]: of the encoded images, by which a map is found; so it does not matter
             in what order, format or split a data set holds them.
+  origin.json  what they are made of.
 """
 
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -18,10 +20,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from vision_attention import errors
+from vision_attention import errors, folders
 from vision_attention.data import preprocessing, source
 
+_CHUNK = 1000  # images between two writes
 GEOMETRIES = ('image', 'released')
 _ADVICE = (
   'make them with: python tools/prepare_data.py label_maps --name={name} '
@@ -162,6 +166,8 @@ def write(
 ) -> pathlib.Path:
   """Writes the maps of a split, of one file per image, as `LabelMaps` reads them.
 
+  Killed or failed, and called again, it goes on where it was.
+
   Args:
     folder: appears when it is whole.
     records: the images, which have file names, as ImageNet's have.
@@ -175,35 +181,54 @@ def write(
   """
   if folder.exists():
     raise FileExistsError(f'{folder} is there already: remove it to write it anew')
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  keys, rows = np.zeros(len(records), np.uint64), None
   partial = folder.with_name(f'{folder.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir()
-  try:
-    for i in range(len(records)):
+  made_of = {'images': len(records), 'data': str(records.folder), 'maps': str(maps.absolute())}
+  origin = partial / 'origin.json'
+  if not origin.exists() or json.loads(origin.read_text()) != made_of:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    folders.write(origin, json.dumps(made_of))
+  keys, rows = _array(partial / 'keys.npy', np.uint64, (len(records),)), None
+  for start in range(0, len(records), _CHUNK):
+    todo = start + np.flatnonzero(keys[start : start + _CHUNK] == 0)
+    found = []
+    for i in map(int, todo):
       record = records[i]
-      stem = pathlib.PurePath(record.file_name).stem
-      if not stem:
-        raise ValueError(f'record {record.name} has no file name by which a map could be found')
-      places = [maps / stem.split('_')[0] / f'{stem}.pt', maps / f'{stem}.pt']
-      path = next((p for p in places if p.is_file()), None)
-      if path is None:
-        raise FileNotFoundError(f'record {record.name}, {stem}, has no map: {places[0]} is missing')
+      path = _map_of(record, maps)
       values = np.asarray(read(path))
       if values.ndim != 4 or values.shape[0] != 2:
         raise ValueError(f'{path} has shape {values.shape}, not [2, classes, height, width]')
       if rows is None:
-        shape = (len(records), *values.shape)
-        rows = np.lib.format.open_memmap(partial / 'maps.npy', 'w+', np.float16, shape)
+        rows = _array(partial / 'maps.npy', np.float16, (len(records), *values.shape))
       if values.shape != rows.shape[1:]:
         raise ValueError(f'{path} has shape {values.shape}, and others {rows.shape[1:]}')
-      rows[i], keys[i] = values, key(record.image)
+      rows[i] = values
+      found.append(key(record.image))
     if rows is not None:
       rows.flush()
-    np.save(partial / 'keys.npy', keys)
-    partial.rename(folder)
-  except BaseException:
-    shutil.rmtree(partial)
-    raise
+    # A key that is there says that the map is on disk.
+    keys[todo] = found
+    keys.flush()
+  partial.rename(folder)
   return folder
+
+
+def _array(path: pathlib.Path, dtype: DTypeLike, shape: Sequence[int]) -> np.memmap:
+  """Opens an array on disk, which is made of zeros where it is not."""
+  if not path.exists():
+    begun = path.with_suffix('.begun')
+    np.lib.format.open_memmap(begun, 'w+', dtype, tuple(shape)).flush()
+    begun.rename(path)
+  return np.lib.format.open_memmap(path, 'r+')
+
+
+def _map_of(record: Any, maps: pathlib.Path) -> pathlib.Path:
+  """Returns the file of an image's map."""
+  stem = pathlib.PurePath(record.file_name).stem
+  if not stem:
+    raise ValueError(f'record {record.name} has no file name by which a map could be found')
+  places = [maps / stem.split('_')[0] / f'{stem}.pt', maps / f'{stem}.pt']
+  path = next((p for p in places if p.is_file()), None)
+  if path is None:
+    raise FileNotFoundError(f'record {record.name}, {stem}, has no map: {places[0]} is missing')
+  return path

@@ -16,9 +16,6 @@ Reads of `config.data`: `name`, `data_dir`, `train_split`, `eval_split`, `train_
 import dataclasses
 import itertools
 import math
-import multiprocessing
-import os
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from vision_attention import errors
-from vision_attention.data import label_maps, preprocessing, source
+from vision_attention.data import label_maps, preprocessing, source, workers
 
 Batch = dict[str, np.ndarray]
 _MAX_SKIPS = 100
@@ -198,8 +195,8 @@ def train_batches(
     if config.num_workers:
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # nobody has in a notebook, and grain looks for its own
-      workers = grain.MultiprocessingOptions(num_workers=config.num_workers)
-      found = found.mp_prefetch(workers, worker_init_fn=_end_with_parent)
+      processes = grain.MultiprocessingOptions(num_workers=config.num_workers)
+      found = found.mp_prefetch(processes, worker_init_fn=workers.end_with_parent)
     return iter(found)
 
   if not phases:
@@ -211,19 +208,6 @@ def train_batches(
     for (first, texts), end in zip(phases, ends, strict=True)
     if end is None or end > start_step
   )
-
-
-def _end_with_parent(index: int, count: int) -> None:
-  """Lets a worker end when the process that it reads for is gone, killed or not."""
-  del index, count
-  parent = multiprocessing.parent_process()
-
-  def watch() -> None:
-    if parent is not None:
-      parent.join()
-      os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
 
 
 class EvalBatches:

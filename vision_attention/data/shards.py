@@ -16,12 +16,12 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from vision_attention import errors, folders
 from vision_attention.data import records
+from vision_attention.data.workers import end_with_parent
 
 _SKIPPED = ('file_name', 'what', 'why')
 
@@ -165,18 +165,6 @@ def _run_unit(work: pathlib.Path, number: int, payload: Any, make: Make, file_fo
     )
 
 
-def _end_with_parent() -> None:
-  """A worker whose parent was killed ends too."""
-  parent = multiprocessing.parent_process()
-  assert parent
-
-  def wait() -> None:
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=wait, daemon=True).start()
-
-
 def _done(work: pathlib.Path, number: int) -> bool:
   path = work / f'unit-{number:06d}.json'
   if not path.exists():
@@ -197,7 +185,7 @@ def _run(work: pathlib.Path, units: Iterable[Any], make: Make, spec: Spec, worke
         _run_unit(work, count - 1, payload, make, spec.file_format)
     return count
   context = multiprocessing.get_context('spawn')
-  pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+  pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=end_with_parent)
   with pool:
     running: set[concurrent.futures.Future[None]] = set()
     try:
