@@ -90,7 +90,7 @@ def test_convolution_costs_what_the_plain_one_costs(
 
 
 def test_gradient_of_a_gate_compiles(sharding):
-  """As XLA's own convolution, the gradient of this kernel takes the compiler half an hour."""
+  """As XLA's own convolution, the gradient of this kernel takes the compiler many minutes."""
   shapes = [(128, 56, 56, 2), (7, 7, 2, 1)]
   assert _cost(convolution.conv, shapes, sharding)['flops'] > 0
 

@@ -201,7 +201,10 @@ def write(
       if rows is None:
         rows = _array(partial / 'maps.npy', np.float16, (len(records), *values.shape))
       if values.shape != rows.shape[1:]:
-        raise ValueError(f'{path} has shape {values.shape}, and others {rows.shape[1:]}')
+        raise ValueError(
+          f'{path} has shape {values.shape}, and others {rows.shape[1:]}: mend it, or remove '
+          f'{partial} if the others are wrong'
+        )
       rows[i] = values
       found.append(key(record.image))
     if rows is not None:

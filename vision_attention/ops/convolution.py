@@ -157,7 +157,7 @@ def dw_by_taps(
 ) -> Float[Array, 'y x c 1']:
   """Returns the gradient of a kernel with one output channel, a sum per tap, from a padded map.
 
-  The compiler for TPUs would take half an hour over the convolution that it is.
+  Over the convolution that it is, of a large batch, the compiler for TPUs takes many minutes.
   """
   rows, columns = g.shape[1:3]
   taps = []
