@@ -42,7 +42,7 @@ def attend(
 ) -> Float[Array, 'b q n e']:
   """Returns `softmax(logits) value`, in the values' type; see `dot_product_attention`."""
   weights = jnp.exp(logits - lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-  return _mean(weights, value)
+  return _traced_mean(weights, value)
 
 
 # Axes of values and of what they are mixed to. A product that also moves axes takes twice as long
@@ -100,6 +100,8 @@ def _mean_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 _mean.defvjp(_mean_forward, _mean_backward)
+# Traced once per shape, however many blocks have it.
+_traced_mean = jax.jit(_mean)
 
 
 def dot_product_attention(

@@ -61,6 +61,12 @@ def _product_bwd(saved: Any, g: jax.Array) -> Any:
 _product.defvjp(_product_fwd, _product_bwd)
 
 
+# Traced once per shape, however many layers have it.
+@jax.jit
+def _dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return _product(fence(x), kernel)
+
+
 def dot_general(lhs: jax.Array, rhs: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
   """`lax.dot_general` of a dense layer, for `nn.Dense(dot_general=...)`.
 
@@ -70,4 +76,4 @@ def dot_general(lhs: jax.Array, rhs: jax.Array, dimensions: Any, **options: Any)
   dense = (((lhs.ndim - 1,), (0,)), ((), ()))
   if dimensions != dense or any(value is not None for value in options.values()):
     return lax.dot_general(lhs, rhs, dimensions, **options)
-  return _product(fence(lhs), rhs)
+  return _dense(lhs, rhs)
