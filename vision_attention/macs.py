@@ -41,8 +41,8 @@ def count_macs(
       raise ValueError('a model takes no further arguments here: pass image_size')
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     images = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
-    args = (jax.eval_shape(model.init, jax.random.key(0), images), images)
-    model = model.apply
+    # It is applied while it is initialised, and initializers multiply no matrices.
+    args, model = (jax.random.key(0), images), model.init
   return _count(jax.make_jaxpr(model)(*args).jaxpr)
 
 
