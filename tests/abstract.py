@@ -7,13 +7,15 @@ import jax
 import numpy as np
 
 import vision_attention as va
+from tests import typed
 from vision_attention import convert
 from vision_attention.models import tree
 
 
 def variables(name: str, **options: Any) -> dict[str, Any]:
   """Returns the shapes and types of a model's variables."""
-  return convert.abstract_variables(*va.create_model(name, **options))
+  with typed.unchecked():
+    return convert.abstract_variables(*va.create_model(name, **options))
 
 
 def size(tree_of_shapes: Any) -> int:
@@ -24,6 +26,12 @@ def size(tree_of_shapes: Any) -> int:
 def count(name: str, **options: Any) -> int:
   """Returns the number of a model's parameters."""
   return size(variables(name, **options)['params'])
+
+
+def macs(model: Any, image_size: int | tuple[int, int] = 224) -> int:
+  """Returns the number of a model's multiply-adds for one image."""
+  with typed.unchecked():
+    return va.count_macs(model, image_size=image_size)
 
 
 def drawn(shapes: Any, seed: int = 0) -> Any:

@@ -4,9 +4,15 @@ import gc
 import os
 import pathlib
 
-from tests import bucket, compilation
-
+# JAX reads these when it is imported, which the next imports do.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.cache' / 'jax')
+)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+
+from tests import bucket, compilation, typed
+
 os.environ.setdefault('XLA_FLAGS', compilation.FLAGS)
 # Where nothing answers: what a test's bucket leaves running asks no real one.
 os.environ['STORAGE_EMULATOR_HOST'] = 'http://127.0.0.1:9'
@@ -17,17 +23,8 @@ os.environ.setdefault(
   'glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592'
   ':glibc.malloc.hugetlb=1',
 )
-os.environ.setdefault(
-  'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.cache' / 'jax')
-)
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 
-import jaxtyping
-
-jaxtyping.install_import_hook(
-  ['vision_attention.ops', 'vision_attention.layers', 'vision_attention.attention'],
-  'beartype.beartype',
-)
+typed.install()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -50,6 +47,13 @@ def store(monkeypatch):
   pytest.importorskip('gcsfs', reason="buckets need pip install -e '.[gcs]'")
   yield server
   server.close()
+
+
+@pytest.fixture
+def unchecked():
+  """See `typed.unchecked`."""
+  with typed.unchecked():
+    yield
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import pytest
 
 import vision_attention as va
 from configs import acmix_swin_tiny
+from tests import abstract
 from vision_attention import convert
 from vision_attention.attention import acmix, window
 from vision_attention.models import tree
@@ -92,7 +93,7 @@ def test_branches_begin_halved_and_the_convolution_as_a_sum_of_shifts():
 )
 def test_multiply_adds_are_those_of_the_paper_and_of_its_code(name, counted):
   model, info = va.create_model(name)
-  macs = va.count_macs(model, image_size=224) / 1e9
+  macs = abstract.macs(model, image_size=224) / 1e9
   assert macs == pytest.approx(info.flops / 1e9, rel=0.02)
   assert macs == pytest.approx(counted, rel=0.005)  # the code counts norms too
 

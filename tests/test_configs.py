@@ -16,6 +16,8 @@ from tests import compilation
 from vision_attention import planning
 from vision_attention.training import optimizer, schedule, state
 
+pytestmark = pytest.mark.usefixtures('unchecked')
+
 IMAGENET = 1_281_167
 
 

@@ -27,7 +27,7 @@ TINY = dict(depths=(1, 2), dims=(8, 16))
 )
 def test_multiply_adds(name, size, published):
   model, info = va.create_model(name)
-  macs = va.count_macs(model, image_size=size) / 1e9
+  macs = abstract.macs(model, image_size=size) / 1e9
   assert macs == pytest.approx(published, rel=0.02)
   assert info.flops / 1e9 == published or size != 224
 

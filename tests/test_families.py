@@ -127,6 +127,7 @@ UNSEEN = ('key/bias', 'key_norm/bias', 'position/bias', 'logits_norm/bias')
 
 
 @functools.cache
+@functools.cache
 def _tiny(name):
   model, info = va.create_model(name, num_classes=5, **TINY[name])
   images = jax.random.normal(jax.random.key(1), (8, *info.image_size, 3))
@@ -180,6 +181,7 @@ def test_every_parameter_learns_and_every_statistic_moves(name):
     assert (value != tree.flatten(stats)[path]).any(), path
 
 
+@pytest.mark.usefixtures('unchecked')
 @pytest.mark.parametrize('name', TINY)
 def test_evaluation_leaves_the_statistics(name):
   model, variables, images = _tiny(name)
@@ -189,6 +191,7 @@ def test_evaluation_leaves_the_statistics(name):
   assert set(program.outvars) <= set(program.invars)
 
 
+@pytest.mark.usefixtures('unchecked')
 @pytest.mark.parametrize('name', TINY)
 def test_bfloat16_computes_nearly_the_same(name):
   model, variables, images = _tiny(name)
@@ -207,6 +210,7 @@ def test_bfloat16_computes_nearly_the_same(name):
 REMAT = {'resnet_50', 'vit_s16', 'coatnet_0'}
 
 
+@pytest.mark.usefixtures('unchecked')
 @pytest.mark.parametrize('name', TINY)
 def test_remat_computes_the_same(name):
   model, variables, images = _tiny(name)

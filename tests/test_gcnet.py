@@ -137,7 +137,7 @@ def test_parameters_of_placements_and_ratios(name, options, expected):
 def test_context_blocks_cost_what_the_paper_says_and_a_non_local_block_more():
   depths = (1, 1, 2, 1)
   plain, context, non_local_ = (
-    va.count_macs(va.create_model(name, depths=depths)[0])
+    abstract.macs(va.create_model(name, depths=depths)[0])
     for name in ('resnet_50', 'gc_resnet_50', 'nl_resnet_50')
   )
 

@@ -31,7 +31,7 @@ TINY = dict(depths=(1, 2), dim=8, num_heads=1, kv_stride=2)
 )
 def test_multiply_adds_are_those_of_the_code(name, size, counted):
   model, _ = va.create_model(name, image_size=size)
-  assert va.count_macs(model, image_size=size) / 1e9 == pytest.approx(counted, rel=0.01)
+  assert abstract.macs(model, image_size=size) / 1e9 == pytest.approx(counted, rel=0.01)
 
 
 def test_tables_and_strides_are_those_of_the_code():

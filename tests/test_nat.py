@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import vision_attention as va
 from configs import nat_tiny
+from tests import abstract
 from vision_attention import convert
 from vision_attention.attention import neighborhood as layer
 from vision_attention.attention import relative
@@ -226,7 +227,7 @@ def test_masked_products_are_not_counted():
 @pytest.mark.parametrize('name', ['nat_mini', 'dinat_s_tiny', 'nat_isotropic_small'])
 def test_multiply_adds(name):
   model, info = va.create_model(name)
-  assert va.count_macs(model, image_size=info.image_size) == pytest.approx(info.flops, rel=0.02)
+  assert abstract.macs(model, image_size=info.image_size) == pytest.approx(info.flops, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import vision_attention as va
 from configs import qna_tiny
+from tests import abstract
 from tools import benchmark
 from vision_attention import convert
 from vision_attention.attention import qna as layer
@@ -161,7 +162,7 @@ def test_memory_does_not_grow_with_the_window():
 @pytest.mark.parametrize('name', ['qna_tiny', 'qna_base'])
 def test_multiply_adds(name):
   model, info = va.create_model(name)
-  assert va.count_macs(model) == pytest.approx(info.flops, rel=0.02)
+  assert abstract.macs(model) == pytest.approx(info.flops, rel=0.02)
 
 
 TINY = dict(

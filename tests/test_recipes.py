@@ -12,6 +12,8 @@ from vision_attention import planning
 from vision_attention.models import registry
 from vision_attention.training import optimizer
 
+pytestmark = pytest.mark.usefixtures('unchecked')
+
 CONFIGS = pathlib.Path(common.__file__).parent
 # Of no paper's recipe: what configs share, and an application.
 NO_SYSTEM = {'__init__', 'common', 'skin_lesions'}

@@ -57,7 +57,7 @@ def test_every_variant_states_its_parameters_and_its_source():
 @pytest.mark.parametrize(('flavour', 'expected'), [('pad', 10.43), ('conv', 10.49)])
 def test_wide_resnet_flavours_cost_what_is_published(flavour, expected):
   model, _ = va.create_model('wide_resnet_28_10', shortcut=flavour)
-  operations = 2 * va.count_macs(model, image_size=32) / 1e9
+  operations = 2 * abstract.macs(model, image_size=32) / 1e9
   assert operations == pytest.approx(expected, rel=1e-3)
 
 

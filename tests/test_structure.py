@@ -1,9 +1,11 @@
 """House rules that a machine can check: imports, lengths of files, names of submodules."""
 
 import ast
+import os
 import pathlib
 import re
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -96,6 +98,13 @@ def test_neither_torch_nor_tensorflow_is_imported():
   for path in _sources():
     names = re.findall(r'^\s*(?:import|from) (torch|tensorflow|timm)\b', path.read_text(), re.M)
     assert not names, f'{path} imports {names}'
+
+
+@pytest.mark.fast
+def test_what_tests_compile_is_kept_and_runs_on_the_cpu():
+  # JAX takes these from the environment when it is imported, however early that is.
+  assert jax.config.jax_platforms == os.environ['JAX_PLATFORMS']
+  assert jax.config.jax_compilation_cache_dir == os.environ['JAX_COMPILATION_CACHE_DIR']
 
 
 @pytest.mark.fast

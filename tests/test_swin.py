@@ -30,7 +30,7 @@ TINY = dict(depths=(2, 2), dim=8, num_heads=(1, 2), window=4)
 )
 def test_multiply_adds_are_those_of_the_paper_and_of_its_code(name, counted):
   model, info = va.create_model(name)
-  macs = va.count_macs(model, image_size=info.image_size) / 1e9
+  macs = abstract.macs(model, image_size=info.image_size) / 1e9
   assert macs == pytest.approx(info.flops / 1e9, rel=0.02)
   assert macs == pytest.approx(counted, rel=0.005)  # the code counts norms too
 

@@ -9,6 +9,7 @@ import pytest
 
 import vision_attention as va
 from configs import volo_d1
+from tests import abstract
 from vision_attention import convert
 from vision_attention.attention import class_attention, outlook
 from vision_attention.models import transfer, tree, volo
@@ -336,7 +337,7 @@ def test_what_there_is_of_heads_and_biases_is_read_off_the_weights(fields, missi
 
 def test_multiply_adds():
   model, info = va.create_model('volo_d1')
-  assert va.count_macs(model) == pytest.approx(info.flops, rel=0.02)
+  assert abstract.macs(model) == pytest.approx(info.flops, rel=0.02)
 
 
 def test_recipes_are_those_of_the_code():
