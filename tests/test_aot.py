@@ -45,6 +45,32 @@ def test_what_may_be_given_for_memory():
   assert len(aot.ways_to_fit(ways[2][1], 8)) == 1
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+  ('limits', 'expected'),
+  [
+    # Images that fit: as the config says, with remat, and split as well.
+    ((20, 20, 20), ('as the config says', 16)),
+    ((20, 40, 140), ('with remat and fsdp=8', 128)),
+    ((0, 70, 20), ('with remat', 64)),
+  ],
+)
+def test_the_largest_batch_is_searched_way_by_way(monkeypatch, limits, expected):
+  def compile_step(config, topology, batch):
+    assert topology == 'v4:2x2x2'
+    remat, split = bool(config.model.options.get('remat')), config.mesh.fsdp == 8
+    if batch > limits[remat + split]:
+      raise aot.DoesNotFitError(batch)
+    return aot.Report(8, batch, 0, 0, 0, batch, 0, {}, 0.0)
+
+  monkeypatch.setattr(aot, 'compile_step', compile_step)
+  monkeypatch.setattr(aot, 'devices', lambda topology: list(range(8)))
+  way, report = aot.largest(coatnet0.get_config(), 'v4:2x2x2')
+  assert (way, report.batch) == expected
+  with pytest.raises(aot.DoesNotFitError, match='not even 256 images per device fit'):
+    aot.largest(coatnet0.get_config(), 'v4:2x2x2', 256)
+
+
 @pytest.mark.aot
 def test_a_step_compiles_for_a_slice_and_says_what_it_holds():
   pytest.importorskip('libtpu', reason='libtpu exists for Linux on x86-64 only')

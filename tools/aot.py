@@ -6,14 +6,13 @@
 
 Overrides of the config are those of main.py; options of the model, which a config need not list,
 are given by `--options`. Topologies: v2:2x2, v3:2x2, v4:2x2x1 ... v4:8x8x8, v5e:2x2, v5p:2x2x1,
-v6e:2x2, ... . `--fit` doubles the images per device
-until they no longer fit, first as the config says, then with remat, then with the state split over
-all chips. Memory is what the
-compiler plans; of speed, a program that does not run says nothing. Needs libtpu (pip install
-libtpu), Linux.
+v6e:2x2, ... . `--fit` doubles the images per device until they no longer fit, first as the config
+says, then with remat, then with the state split over all chips. Memory is what the compiler plans;
+of speed, a program that does not run says nothing. Needs libtpu (pip install libtpu), Linux.
 """
 
 import ast
+import logging
 import pathlib
 import sys
 
@@ -55,23 +54,6 @@ def _print(name: str, report: aot.Report) -> None:
   print(f'compilation   {report.seconds:.0f} s on this machine')
 
 
-def _fit(config) -> aot.Report | None:
-  """Doubles the batch until it no longer fits by whatever may be given for memory."""
-  best, batch, count = None, FLAGS.batch_per_device or 16, len(aot.devices(FLAGS.topology))
-  # From what costs least: as the config says, blocks computed again, states split over all chips.
-  ways = aot.ways_to_fit(config, count)
-  while ways:
-    name, changed = ways[0]
-    try:
-      best = aot.compile_step(changed, FLAGS.topology, batch)
-    except aot.DoesNotFitError:
-      ways.pop(0)
-      continue
-    print(f'{batch} images fit, {name}: {best.total / _GIB:.2f} GiB', file=sys.stderr)
-    batch *= 2
-  return best
-
-
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
@@ -83,9 +65,9 @@ def main(argv: list[str]) -> None:
     config.mesh.tensor = FLAGS.tensor
   try:
     if FLAGS.fit:
-      report = _fit(config)
-      if report is None:
-        raise aot.DoesNotFitError('not even the smallest batch fits: use remat, or more devices')
+      logging.basicConfig(level=logging.INFO, format='%(message)s')
+      way, report = aot.largest(config, FLAGS.topology, FLAGS.batch_per_device or 16)
+      print(f'most images   fit {way}')
     else:
       report = aot.compile_step(config, FLAGS.topology, FLAGS.batch_per_device or None)
   except (ValueError, ModuleNotFoundError) as error:

@@ -5,6 +5,7 @@ devices say to each other; they tell nothing of speed.
 """
 
 import dataclasses
+import logging
 import os
 import re
 import time
@@ -18,6 +19,7 @@ import numpy as np
 from vision_attention import errors, macs, planning
 from vision_attention.training import objective, sharding, state
 
+logger = logging.getLogger('vision_attention')
 # Usable bytes of a device, as the compiler names them when a program is too large.
 _GIB = 2**30
 HBM = {'v4': 30.75 * _GIB, 'v5e': 15.75 * _GIB}
@@ -193,6 +195,38 @@ def ways_to_fit(config: Any, count: int) -> list[tuple[str, Any]]:
       split.mesh.data, split.mesh.fsdp = 1, count
     ways.append((f'with remat and fsdp={count}', split))
   return ways
+
+
+def largest(config: Any, topology: str, batch_per_device: int = 16) -> tuple[str, Report]:
+  """Doubles the images per device until they fit in no way that `ways_to_fit` knows.
+
+  Args:
+    config: as of a run.
+    topology: see `devices`.
+    batch_per_device: images to begin with.
+
+  Returns:
+    The way in which most images fit, and its report.
+
+  Raises:
+    DoesNotFitError: if not even the first batch fits.
+  """
+  ways = ways_to_fit(config, len(devices(topology)))
+  best, batch = None, batch_per_device
+  while ways:
+    name, changed = ways[0]
+    try:
+      report = compile_step(changed, topology, batch)
+    except DoesNotFitError:
+      ways.pop(0)
+      continue
+    logger.info('%d images fit %s: %.2f GiB', batch, name, report.total / _GIB)
+    best, batch = (name, report), 2 * batch
+  if best is None:
+    raise DoesNotFitError(
+      f'not even {batch_per_device} images per device fit: pass fewer, or a larger topology'
+    )
+  return best
 
 
 def collectives(program: str) -> dict[str, tuple[int, int]]:

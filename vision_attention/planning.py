@@ -32,11 +32,23 @@ from vision_attention.training import (
 
 DTYPES = ('float32', 'bfloat16')
 # Config keys that do not change what is computed, so that a run may go on with other values.
-VOLATILE = ('log_every', 'checkpoint', 'profile', 'compile_cache', 'mesh', 'data.data_dir')
-VOLATILE += ('data.label_maps',)
-VOLATILE += ('eval.suites', 'eval.kshot', 'eval.shots', 'eval.throughput')
-VOLATILE += ('wandb',)
-VOLATILE += ('data.num_threads', 'data.num_workers', 'data.prefetch')
+VOLATILE = (
+  'checkpoint',
+  'compile_cache',
+  'data.data_dir',
+  'data.label_maps',
+  'data.num_threads',
+  'data.num_workers',
+  'data.prefetch',
+  'eval.kshot',
+  'eval.shots',
+  'eval.suites',
+  'eval.throughput',
+  'log_every',
+  'mesh',
+  'profile',
+  'wandb',
+)
 
 
 @dataclasses.dataclass(frozen=True)
