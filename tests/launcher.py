@@ -102,6 +102,10 @@ class Launcher:
     self._process.communicate()
 
 
+# For what takes seconds on a machine that has nothing else to do.
+PATIENCE = 400.0
+
+
 class Run:
   """One child: a training run that may be killed."""
 
@@ -118,7 +122,7 @@ class Run:
     os.kill(self.pid, number)
     return self.wait()
 
-  def wait(self, seconds: float = 120) -> int:
+  def wait(self, seconds: float = PATIENCE) -> int:
     """Returns how the run ended; fails if it does not."""
     end = time.monotonic() + seconds
     while (code := self.poll()) is None:
@@ -137,7 +141,7 @@ class Run:
     steps = re.findall(r'^step (\d+)/', self.output(), re.M)
     return int(steps[-1]) if steps else 0
 
-  def until(self, condition: Callable[[], bool], seconds: float = 120) -> bool:
+  def until(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     """Waits for a condition; whether it came true before the run ended."""
     end = time.monotonic() + seconds
     while not condition():

@@ -314,7 +314,7 @@ def test_the_command_line_says_it_in_one_line(arguments, message, tmp_path):
     [sys.executable, 'main.py', *arguments, f'--workdir={tmp_path}'],
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=400,
   )
   assert done.returncode == 2
   lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
@@ -336,7 +336,7 @@ def test_a_dry_run_needs_no_data(tmp_path):
     ],
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=400,
     env={
       'PATH': '',
       'JAX_PLATFORMS': 'cpu',

@@ -66,7 +66,7 @@ def test_reading_needs_no_tensorflow(data_dir):
     'import sys; from vision_attention.data import source; '
     f'source.Source("digits", "train", "{data_dir}")[0]; assert "tensorflow" not in sys.modules'
   )
-  subprocess.run([sys.executable, '-c', code], check=True, timeout=120)
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=400)
 
 
 def test_a_missing_data_set_is_explained_at_once(tmp_path):

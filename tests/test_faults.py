@@ -19,7 +19,7 @@ from vision_attention import checkpoint, folders, planning, runs
 from vision_attention.data import builders
 
 pytestmark = pytest.mark.slow
-STEPS = 150
+STEPS = 110
 SHORT = 18
 KILLS = 26  # of each of two runs
 
@@ -125,6 +125,7 @@ def _kill_often(cache, data_dir, workdir, seed):
   return kills
 
 
+@pytest.mark.timeout(1800)
 def test_fifty_kills_change_nothing(whole, cache, data_dir, tmp_path):
   """At chance steps and in the middle of saves; the end is the unbroken run's, to the last bit."""
   folders = [tmp_path / name for name in ('one', 'two')]

@@ -416,7 +416,7 @@ def test_two_processes_find_what_one_does():
     )
     for i in range(2)
   ]
-  outputs = [process.communicate(timeout=300) for process in pair]
+  outputs = [process.communicate(timeout=400) for process in pair]
   expected = _evaluate(*_data(37), 8)
   for output, error in outputs:
     assert output, error[-2000:]

@@ -32,7 +32,7 @@ def _script(tmp_path, *arguments, states=(), codes=()):
     ['bash', str(SCRIPT), *arguments],
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=400,
     env=os.environ
     | {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'HERE': str(tmp_path), 'RETRY_SECONDS': '0'},
   )
