@@ -148,6 +148,7 @@ class Run:
       if self.poll() is not None:
         return False
       if time.monotonic() > end:
+        os.kill(self.pid, signal.SIGKILL)
         pytest.fail(f'nothing happened for {seconds} s: {self.output()[-3000:]}')
       time.sleep(0.001)
     return True

@@ -1,9 +1,12 @@
 """Reading records: two formats that give the same, indices that are kept, faults that are named."""
 
 import os
+import pickle
 import resource
 import shutil
 import struct
+import subprocess
+import sys
 
 import fsspec
 import numpy as np
@@ -256,3 +259,17 @@ def test_a_bucket_without_its_library_is_said(monkeypatch):
   backend.fsspec_backend._get_filesystem.cache_clear()
   with pytest.raises(source.MissingDataError, match='cannot be read: Please install gcsfs'):
     source.find('imagenet2012', 'gs://bucket/none')
+
+
+def test_a_worker_has_imported_what_its_threads_read_with(prepared, tmp_path):
+  # Threads that begin to import TFDS together can wait for each other forever.
+  file = tmp_path / 'source'
+  found = source.Source('imagenet2012', 'validation', str(prepared / 'array_record'))
+  file.write_bytes(pickle.dumps(found))
+  code = (
+    'import pathlib, pickle, sys; from vision_attention.data import source; '
+    'assert "tensorflow_datasets" not in sys.modules; '
+    'pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()); '
+    'assert source._example_type.cache_info().currsize == 1'
+  )
+  subprocess.run([sys.executable, '-c', code, str(file)], check=True, timeout=400)

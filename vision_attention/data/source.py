@@ -219,6 +219,12 @@ class Source:
       _allow_open_files(len(self._parts))
     self._starts = np.cumsum([0] + [take for *_, take in self._parts]).tolist()
 
+    _example_type()
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    _example_type()
+
   def __len__(self) -> int:
     return self._starts[-1]
 
@@ -231,7 +237,6 @@ class Source:
 
   def __getitem__(self, index: int) -> Record:
     from google.protobuf import message
-    from tensorflow_datasets.proto import tf_example_pb2
 
     index = int(index)
     if not 0 <= index < len(self):
@@ -242,8 +247,7 @@ class Source:
     name = f'{os.path.basename(path)}:{row}'
     try:
       content = _open(path, count, self._is_array_record)[row]
-      example = tf_example_pb2.Example.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
-      features = example.features.feature
+      features = _example_type().FromString(content).features.feature
       image = features['image'].bytes_list.value[0]
     except (RuntimeError, IndexError, message.DecodeError) as error:
       raise tfrecord.BrokenDataError(
@@ -253,6 +257,19 @@ class Source:
     labels = tuple(features[self._key].int64_list.value)
     files = features['file_name'].bytes_list.value if 'file_name' in features else ()
     return Record(image, labels, name, files[0].decode() if files else '')
+
+
+@functools.cache
+def _example_type() -> Any:
+  """The message of a record.
+
+  Whoever has a source has this already, also in a worker process, where it comes pickled: two
+  threads that import TFDS at the same time can wait for each other forever, one for the lock of a
+  module and one for that of TFDS's own lazy imports.
+  """
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  return tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _allow_open_files(count: int) -> None:
