@@ -218,7 +218,6 @@ class Source:
     if self._is_array_record:
       _allow_open_files(len(self._parts))
     self._starts = np.cumsum([0] + [take for *_, take in self._parts]).tolist()
-
     _example_type()
 
   def __setstate__(self, state: dict[str, Any]) -> None:
