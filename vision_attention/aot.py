@@ -110,8 +110,9 @@ def compile_step(config: Any, topology: str, batch_per_device: int | None = None
   if batch_per_device is not None:
     config.batch_size = batch_per_device * (len(found) // max(config.mesh.tensor, 1))
     config.eval.batch_size = 0
-  # How often a run writes is no part of its step.
+  # How often a run writes is no part of its step, nor how long an epoch is: one step, at least.
   config.log_every = config.eval.every = config.checkpoint.every = '1 steps'
+  config.data.num_train = max(config.data.num_train, config.batch_size)
   plan = planning.prepare(config, with_data=False, devices=found)
   step = jax.jit(
     state.make_train_step(
