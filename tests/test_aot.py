@@ -78,7 +78,8 @@ def test_a_step_compiles_for_a_slice_and_says_what_it_holds():
   with config.unlocked():
     config.model.options.update(depths=(1, 1), dims=(8, 16), stem_dim=8, head_dim=8)
     config.model.options.update(layout='CT', strides=(2, 2))
-  config.data.num_train = 10  # fewer than a batch has
+  # A batch that is larger than all epochs together.
+  config.data.num_train, config.total, config.schedule.warmup = 4, '1 epochs', '0 steps'
   with compilation.without_flags():
     report = aot.compile_step(config, 'v4:2x2x1', batch_per_device=4)
   assert (report.devices, report.batch) == (4, 4)
