@@ -21,6 +21,8 @@ from configs import coatnet0
 from vision_attention import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Seconds given to a process that takes a few on a machine with nothing else to do.
+PATIENCE = 400
 
 
 def tiny_config(data_dir: pathlib.Path, **changes: Any) -> Any:
@@ -100,10 +102,6 @@ class Launcher:
     """Ends the forking process."""
     self._process.kill()
     self._process.communicate()
-
-
-# For what takes seconds on a machine that has nothing else to do.
-PATIENCE = 400.0
 
 
 class Run:

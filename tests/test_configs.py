@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import coatnet0, common, conv_attention_quadratic, resnet50, vit_s16
-from tests import compilation
+from tests import compilation, launcher
 from vision_attention import planning
 from vision_attention.training import optimizer, schedule, state
 
@@ -314,7 +314,7 @@ def test_the_command_line_says_it_in_one_line(arguments, message, tmp_path):
     [sys.executable, 'main.py', *arguments, f'--workdir={tmp_path}'],
     capture_output=True,
     text=True,
-    timeout=400,
+    timeout=launcher.PATIENCE,
   )
   assert done.returncode == 2
   lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
@@ -336,7 +336,7 @@ def test_a_dry_run_needs_no_data(tmp_path):
     ],
     capture_output=True,
     text=True,
-    timeout=400,
+    timeout=launcher.PATIENCE,
     env={
       'PATH': '',
       'JAX_PLATFORMS': 'cpu',

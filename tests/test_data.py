@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tests import inputs
+from tests import inputs, launcher
 from vision_attention.data import builders, pipeline, preprocessing, randaugment, source
 
 pytestmark = pytest.mark.fast
@@ -66,7 +66,7 @@ def test_reading_needs_no_tensorflow(data_dir):
     'import sys; from vision_attention.data import source; '
     f'source.Source("digits", "train", "{data_dir}")[0]; assert "tensorflow" not in sys.modules'
   )
-  subprocess.run([sys.executable, '-c', code], check=True, timeout=400)
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=launcher.PATIENCE)
 
 
 def test_a_missing_data_set_is_explained_at_once(tmp_path):

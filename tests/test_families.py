@@ -127,7 +127,6 @@ UNSEEN = ('key/bias', 'key_norm/bias', 'position/bias', 'logits_norm/bias')
 
 
 @functools.cache
-@functools.cache
 def _tiny(name):
   model, info = va.create_model(name, num_classes=5, **TINY[name])
   images = jax.random.normal(jax.random.key(1), (8, *info.image_size, 3))

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests import launcher
 from vision_attention.data import builders, color, ham10000, preprocessing, source
 
 pytestmark = pytest.mark.fast
@@ -97,7 +98,9 @@ def test_the_command_writes_the_holdout(tmp_path):
   folder = _archive(tmp_path / 'source', _rows())
   command = [sys.executable, 'tools/prepare_data.py', 'ham10000', f'--source={folder}']
   command += ['--splits=holdout', '--seed=3', f'--data_dir={tmp_path / "out"}']
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+  done = subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, timeout=launcher.PATIENCE
+  )
   assert done.returncode == 0, done.stderr
   assert 'wrote ham10000_holdout' in done.stdout
   assert done.stdout.count(' lesions (akiec ') == 3
@@ -105,7 +108,7 @@ def test_the_command_writes_the_holdout(tmp_path):
   np.testing.assert_array_equal(read.class_counts(), [9] * 7)
   (folder / 'HAM10000_images_part_2.zip').unlink()
   done = subprocess.run(
-    [*command, '--overwrite'], cwd=ROOT, capture_output=True, text=True, timeout=400
+    [*command, '--overwrite'], cwd=ROOT, capture_output=True, text=True, timeout=launcher.PATIENCE
   )
   assert done.returncode == 2
   assert '32 of the 63 images' in done.stderr

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tests import archives
+from tests import archives, launcher
 from vision_attention.data import classes, imagenet21k, imagenet_classes, shards, source, tar_files
 
 pytestmark = pytest.mark.fast
@@ -245,7 +245,7 @@ def test_killed_with_its_processes_it_goes_on_where_it_was(plain, prepared, tmp_
   process.wait()
   finished = {p: p.stat().st_mtime_ns for p in work.glob('unit-00000[0-9]-train-*[0-9]')}
   assert finished
-  subprocess.run(command, cwd=ROOT, check=True, timeout=400)
+  subprocess.run(command, cwd=ROOT, check=True, timeout=launcher.PATIENCE)
   read, train = _records(tmp_path, 'train')
   _, expected = _records(prepared, 'train')
   assert sorted(r.image for r in train) == sorted(r.image for r in expected)

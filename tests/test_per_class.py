@@ -19,7 +19,7 @@ from sklearn import metrics as reference
 
 import train
 from configs import resnet50
-from tests import compilation
+from tests import compilation, launcher
 from vision_attention import checkpoint, planning
 from vision_attention.data import builders
 from vision_attention.models import transfer
@@ -416,7 +416,7 @@ def test_two_processes_find_what_one_does():
     )
     for i in range(2)
   ]
-  outputs = [process.communicate(timeout=400) for process in pair]
+  outputs = [process.communicate(timeout=launcher.PATIENCE) for process in pair]
   expected = _evaluate(*_data(37), 8)
   for output, error in outputs:
     assert output, error[-2000:]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import vision_attention as va
-from tests import compilation
+from tests import compilation, launcher
 from vision_attention import checkpoint
 from vision_attention.data import builders
 from vision_attention.models import tree
@@ -69,7 +69,7 @@ def _start(workdir, data_dir, devices, *more, **variables):
 
 
 def _finish(process):
-  output, _ = process.communicate(timeout=400)
+  output, _ = process.communicate(timeout=launcher.PATIENCE)
   assert process.returncode == 0, output[-3000:]
   return output
 
@@ -138,7 +138,7 @@ def test_kills_change_nothing(whole, data_dir, tmp_path):
     process = _start(tmp_path, data_dir, DEVICES)
     _wait_for(lambda goal=goal: _step_reached(tmp_path) >= goal, process, f'step {goal}')
     process.send_signal(number)
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=launcher.PATIENCE)
     kills.append(f'{number.name} near step {goal}')
     if number == signal.SIGTERM:
       assert process.returncode == 143, output[-2000:]
@@ -162,7 +162,7 @@ def test_a_finished_run_started_again_does_nothing(whole, data_dir):
 def test_another_config_in_the_same_folder_is_refused(whole, data_dir):
   workdir, _ = whole
   process = _start(workdir, data_dir, DEVICES, '--config.optimizer.learning_rate=0.5')
-  output, _ = process.communicate(timeout=400)
+  output, _ = process.communicate(timeout=launcher.PATIENCE)
   assert process.returncode == 2
   assert 'optimizer.learning_rate: 0.002 -> 0.5' in output
 
@@ -209,7 +209,7 @@ def test_processes_stop_together_and_continue(data_dir, tmp_path):
   _wait_for(lambda: _step_reached(workdir) >= 3, pair[0], 'step 3')
   pair[1].terminate()
   for process in pair:
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=launcher.PATIENCE)
     assert process.returncode == 143, output[-3000:]
   assert checkpoint.steps_of(workdir)[-1] < STEPS
   for process in _start_pair(workdir, data_dir):

@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from tests import launcher
+
 pytestmark = pytest.mark.fast
 SCRIPT = pathlib.Path(__file__).parents[1] / 'scripts' / 'run_tpu.sh'
 WHERE = ('--name=pod', '--zone=us-central2-b', '--project=lab', '--type=v4-128')
@@ -32,7 +34,7 @@ def _script(tmp_path, *arguments, states=(), codes=()):
     ['bash', str(SCRIPT), *arguments],
     capture_output=True,
     text=True,
-    timeout=400,
+    timeout=launcher.PATIENCE,
     env=os.environ
     | {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'HERE': str(tmp_path), 'RETRY_SECONDS': '0'},
   )

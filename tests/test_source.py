@@ -15,7 +15,7 @@ from etils import epath
 from etils.epath import backend, gpath
 from fsspec.implementations import dirfs, local
 
-from tests import archives, inputs
+from tests import archives, inputs, launcher
 from vision_attention.data import imagenet, pipeline, records, source, tfrecord
 
 pytestmark = pytest.mark.fast
@@ -272,4 +272,4 @@ def test_a_worker_has_imported_what_its_threads_read_with(prepared, tmp_path):
     'pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()); '
     'assert source._example_type.cache_info().currsize == 1'
   )
-  subprocess.run([sys.executable, '-c', code, str(file)], check=True, timeout=400)
+  subprocess.run([sys.executable, '-c', code, str(file)], check=True, timeout=launcher.PATIENCE)

@@ -6,7 +6,12 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
+import jaxtyping
 import pytest
+
+from tests import typed
+from vision_attention.ops import attention
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = 'vision_attention'
@@ -105,6 +110,15 @@ def test_what_tests_compile_is_kept_and_runs_on_the_cpu():
   # JAX takes these from the environment when it is imported, however early that is.
   assert jax.config.jax_platforms == os.environ['JAX_PLATFORMS']
   assert jax.config.jax_compilation_cache_dir == os.environ['JAX_COMPILATION_CACHE_DIR']
+
+
+@pytest.mark.fast
+def test_typed_shapes_are_checked_unless_asked_not_to():
+  query, key = jnp.zeros((2, 3, 1, 4)), jnp.zeros((2, 5, 1, 8))
+  with pytest.raises(jaxtyping.TypeCheckError, match='attention_logits'):
+    attention.attention_logits(query, key)
+  with typed.unchecked(), pytest.raises(ValueError, match='does not match'):
+    attention.attention_logits(query, key)
 
 
 @pytest.mark.fast
