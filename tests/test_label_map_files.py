@@ -51,7 +51,7 @@ def prepared(tmp_path_factory):
     else:
       (given / SYNSETS[i // 6]).mkdir(exist_ok=True)
       _torch_file(given / SYNSETS[i // 6] / f'{name}.pt', maps[name])
-  arguments = ['', 'label_maps', f'--input={given}', f'--data_dir={folder / "sets"}']
+  arguments = ['', 'label_maps', f'--input={given}', f'--data_dir={folder / "sets"}', '--workers=0']
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr('sys.argv', arguments)
     assert prepare_data.main() == 0
@@ -125,11 +125,21 @@ def test_maps_that_are_missing_or_of_another_form_are_refused(prepared, tmp_path
   lacking = lambda path: (
     next(iter(maps.values()))[:, :1] if path.stem.endswith('_5') else maps[path.stem]
   )
-  with pytest.raises(ValueError, match=r'_5\.pt has shape \(2, 1, 3, 3\), and others'):
+  with pytest.raises(ValueError, match=r'_5\.pt has shape \(2, 1, 3, 3\), and the first'):
     label_maps.write(tmp_path / 'a', train, given, lacking)
   with pytest.raises(FileNotFoundError, match=r'n\d+_\d, has no map: .*pt is missing'):
     label_maps.write(tmp_path / 'a', train, tmp_path, lacking)
   assert not (tmp_path / 'a').exists()
+  # Where the first was the wrong one and is mended, nothing is kept that has its shape.
+  first = train[0].file_name.removesuffix('.JPEG')
+  of_first = lambda path: maps[path.stem][:, : 1 if path.stem == first else None]
+  with pytest.raises(
+    ValueError, match=rf'shape \(2, 2, 3, 3\), and the first, .*{first}.pt, \(2, 1'
+  ):
+    label_maps.write(tmp_path / 'a', train, given, of_first)
+  label_maps.write(tmp_path / 'a', train, given, lambda path: maps[path.stem])
+  whole = (folder / 'label_maps/imagenet2012/maps.npy').read_bytes()
+  assert (tmp_path / 'a/maps.npy').read_bytes() == whole
   with pytest.raises(FileExistsError, match='remove it'):
     label_maps.write(folder / 'label_maps/imagenet2012', train, given, lacking)
 
@@ -143,7 +153,7 @@ def test_maps_are_converted_on_from_where_it_broke_off(prepared, tmp_path, monke
 
   def breaks(path):
     seen.append(path)
-    if len(seen) == 8:
+    if len(seen) == 9:
       raise KeyboardInterrupt
     return torch_file.load(path)
 
@@ -151,10 +161,13 @@ def test_maps_are_converted_on_from_where_it_broke_off(prepared, tmp_path, monke
     label_maps.write(tmp_path / 'maps', train, given, breaks)
   assert not (tmp_path / 'maps').exists()
   label_maps.write(tmp_path / 'maps', train, given, breaks)
-  assert len(seen) == 8 + 12 - 6
+  # Each time the first once more, for its shape.
+  assert len(seen) == 9 + 1 + 12 - 6
   for name in ('keys.npy', 'maps.npy'):
     whole = (folder / 'label_maps/imagenet2012' / name).read_bytes()
     assert (tmp_path / 'maps' / name).read_bytes() == whole
+  label_maps.write(tmp_path / 'processes', train, given, torch_file.load, count=2)
+  assert (tmp_path / 'processes/maps.npy').read_bytes() == whole
   # What was begun of other files is not gone on with.
   with pytest.raises(FileNotFoundError):
     label_maps.write(tmp_path / 'other', train, tmp_path, torch_file.load)

@@ -73,7 +73,9 @@ def _label_maps(args: argparse.Namespace) -> pathlib.Path:
 
   name = args.name or 'imagenet2012'
   records = source.Source(name, 'train', str(args.data_dir))
-  return label_maps.write(args.data_dir / 'label_maps' / name, records, args.input, torch_file.load)
+  return label_maps.write(
+    args.data_dir / 'label_maps' / name, records, args.input, torch_file.load, args.workers
+  )
 
 
 def main() -> int:
@@ -90,7 +92,9 @@ def main() -> int:
     '--seed', type=int, default=0, help="of ham10000's splits, of ImageNet's order"
   )
   parser.add_argument('--file_format', default='array_record', help="or tfrecord; ImageNet's")
-  parser.add_argument('--workers', type=int, default=os.cpu_count(), help="processes; ImageNet's")
+  parser.add_argument(
+    '--workers', type=int, default=os.cpu_count(), help="processes; ImageNet's, maps'"
+  )
   parser.add_argument('--shard_megabytes', type=int, default=256, help="ImageNet's files")
   parser.add_argument('--classes', default='winter21', help='or fall11, 21k_p, google21843')
   parser.add_argument('--validation', type=float, default=0.01, help="imagenet21k's share")

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from vision_attention import errors, folders
-from vision_attention.data import preprocessing, source
+from vision_attention.data import preprocessing, source, workers
 
 _CHUNK = 1000  # images between two writes
 GEOMETRIES = ('image', 'released')
@@ -163,16 +163,19 @@ def write(
   records: source.Source,
   maps: pathlib.Path,
   read: Callable[[pathlib.Path], Any],
+  count: int = 0,
 ) -> pathlib.Path:
   """Writes the maps of a split, of one file per image, as `LabelMaps` reads them.
 
-  Killed or failed, and called again, it goes on where it was.
+  Killed or failed, and called again, it goes on where it was. The result is the same for any number
+  of processes.
 
   Args:
     folder: appears when it is whole.
     records: the images, which have file names, as ImageNet's have.
     maps: folder of `<synset>/<stem>.pt` or `<stem>.pt`, each `[2, classes, height, width]`.
     read: makes an array of such a file.
+    count: of processes; 0 for this one.
 
   Raises:
     FileExistsError: if the folder is there.
@@ -181,39 +184,56 @@ def write(
   """
   if folder.exists():
     raise FileExistsError(f'{folder} is there already: remove it to write it anew')
+  first = _map_of(records[0], maps)
+  shape = np.shape(read(first))
+  if len(shape) != 4 or shape[0] != 2:
+    raise ValueError(f'{first} has shape {shape}, not [2, classes, height, width]')
   partial = folder.with_name(f'{folder.name}.partial')
   made_of = {'images': len(records), 'data': str(records.folder), 'maps': str(maps.absolute())}
+  made_of |= {'shape': list(shape)}
   origin = partial / 'origin.json'
   if not origin.exists() or json.loads(origin.read_text()) != made_of:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     folders.write(origin, json.dumps(made_of))
-  keys, rows = _array(partial / 'keys.npy', np.uint64, (len(records),)), None
-  for start in range(0, len(records), _CHUNK):
-    todo = start + np.flatnonzero(keys[start : start + _CHUNK] == 0)
-    found = []
-    for i in map(int, todo):
-      record = records[i]
-      path = _map_of(record, maps)
-      values = np.asarray(read(path))
-      if values.ndim != 4 or values.shape[0] != 2:
-        raise ValueError(f'{path} has shape {values.shape}, not [2, classes, height, width]')
-      if rows is None:
-        rows = _array(partial / 'maps.npy', np.float16, (len(records), *values.shape))
-      if values.shape != rows.shape[1:]:
-        raise ValueError(
-          f'{path} has shape {values.shape}, and others {rows.shape[1:]}: mend it, or remove '
-          f'{partial} if the others are wrong'
-        )
-      rows[i] = values
-      found.append(key(record.image))
-    if rows is not None:
-      rows.flush()
+  keys = _array(partial / 'keys.npy', np.uint64, (len(records),))
+  rows = _array(partial / 'maps.npy', np.float16, (len(records), *shape))
+  chunks = (
+    start + np.flatnonzero(keys[start : start + _CHUNK] == 0)
+    for start in range(0, len(records), _CHUNK)
+  )
+  convert = functools.partial(_convert, records, maps, read, shape)
+  for chunk, values, found in workers.results(convert, filter(len, chunks), count):
+    rows[chunk] = values
+    rows.flush()
     # A key that is there says that the map is on disk.
-    keys[todo] = found
+    keys[chunk] = found
     keys.flush()
   partial.rename(folder)
   return folder
+
+
+def _convert(
+  records: source.Source,
+  maps: pathlib.Path,
+  read: Callable[[pathlib.Path], Any],
+  shape: tuple[int, ...],
+  chunk: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, list[np.uint64]]:
+  """Returns numbers of images, their maps, and the keys by which these are found."""
+  values, keys = np.empty((len(chunk), *shape), np.float16), []
+  for i, number in enumerate(map(int, chunk)):
+    record = records[number]
+    path = _map_of(record, maps)
+    found = np.asarray(read(path))
+    if found.shape != shape:
+      raise ValueError(
+        f'{path} has shape {found.shape}, and the first, {_map_of(records[0], maps)}, {shape}: '
+        'mend what is wrong, and repeat'
+      )
+    values[i] = found
+    keys.append(key(record.image))
+  return chunk, values, keys
 
 
 def _array(path: pathlib.Path, dtype: DTypeLike, shape: Sequence[int]) -> np.memmap:

@@ -5,14 +5,13 @@ beside its files; a restart keeps it. The data set appears under its name when i
 written depends on the units alone, not on the number of processes or on kills.
 """
 
-import concurrent.futures
 import contextlib
 import csv
 import dataclasses
 import fcntl
+import functools
 import io
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
@@ -20,8 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from vision_attention import errors, folders
-from vision_attention.data import records
-from vision_attention.data.workers import end_with_parent
+from vision_attention.data import records, workers
 
 _SKIPPED = ('file_name', 'what', 'why')
 
@@ -147,8 +145,9 @@ class _Files:
     return self.parts
 
 
-def _run_unit(work: pathlib.Path, number: int, payload: Any, make: Make, file_format: str) -> None:
-  """Writes one unit's files, and last the record of it."""
+def _run_unit(work: pathlib.Path, make: Make, file_format: str, unit: tuple[int, Any]) -> None:
+  """Writes the files of a unit, which is a number and a payload, and last the record of it."""
+  number, payload = unit
   files: dict[str, _Files] = {}
   remarks = []
   for found in make(payload):
@@ -176,35 +175,20 @@ def _done(work: pathlib.Path, number: int) -> bool:
   )
 
 
-def _run(work: pathlib.Path, units: Iterable[Any], make: Make, spec: Spec, workers: int) -> int:
-  """Runs what is not finished; returns the number of units."""
-  count = 0
-  if workers == 0:
-    for count, payload in enumerate(units, 1):
-      if not _done(work, count - 1):
-        _run_unit(work, count - 1, payload, make, spec.file_format)
-    return count
-  context = multiprocessing.get_context('spawn')
-  pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=end_with_parent)
-  with pool:
-    running: set[concurrent.futures.Future[None]] = set()
-    try:
-      for count, payload in enumerate(units, 1):
-        if _done(work, count - 1):
-          continue
-        if len(running) > workers:  # payloads may be large
-          ready, running = concurrent.futures.wait(
-            running, return_when=concurrent.futures.FIRST_COMPLETED
-          )
-          for future in ready:
-            future.result()
-        running.add(pool.submit(_run_unit, work, count - 1, payload, make, spec.file_format))
-      for future in concurrent.futures.as_completed(running):
-        future.result()
-    except BaseException:
-      pool.shutdown(cancel_futures=True)
-      raise
-  return count
+def _run(work: pathlib.Path, units: Iterable[Any], make: Make, spec: Spec, count: int) -> int:
+  """Runs what is not finished in `count` processes; returns the number of units."""
+  number = -1
+
+  def unfinished() -> Iterator[tuple[int, Any]]:
+    nonlocal number
+    for number, payload in enumerate(units):
+      if not _done(work, number):
+        yield number, payload
+
+  run = functools.partial(_run_unit, work, make, spec.file_format)
+  for _ in workers.results(run, unfinished(), count):
+    pass
+  return number + 1
 
 
 def _join(work: pathlib.Path, split: str, parts: list[dict[str, Any]], spec: Spec):
