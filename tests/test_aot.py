@@ -1,5 +1,7 @@
 """Training steps compiled for TPUs that are not there, and what their text says."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import coatnet0
@@ -69,6 +71,23 @@ def test_the_largest_batch_is_searched_way_by_way(monkeypatch, limits, expected)
   assert (way, report.batch) == expected
   with pytest.raises(aot.DoesNotFitError, match='not even 256 images per device fit'):
     aot.largest(coatnet0.get_config(), 'v4:2x2x2', 256)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+  'topology', ['v2:2x2', 'v3:2x2', 'v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2']
+)
+def test_memory_of_a_device_is_what_the_compiler_says(topology):
+  pytest.importorskip('libtpu', reason='libtpu exists for Linux on x86-64 only')
+  place = jax.sharding.SingleDeviceSharding(aot.devices(topology)[0])
+  array = jax.ShapeDtypeStruct((2**28,), jnp.float32, sharding=place)
+  copies = jax.jit(lambda x: [x + i for i in range(100)])
+  limit = aot.HBM[topology.partition(':')[0]]
+  with (
+    compilation.without_flags(),
+    pytest.raises(jax.errors.JaxRuntimeError, match=rf'exceeds available HBM \({limit}G\)'),
+  ):
+    copies.lower(array).compile()
 
 
 @pytest.mark.aot

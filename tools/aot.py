@@ -47,8 +47,8 @@ def _print(name: str, report: aot.Report) -> None:
   print(f'arguments     {gib(report.arguments)} (state and batch)')
   print(f'temporaries   {gib(report.temporaries)}')
   print(f'outputs       {gib(report.outputs)}, {gib(report.aliased)} of them in place')
-  limit = aot.HBM.get(FLAGS.topology.partition(':')[0])
-  print(f'together      {gib(report.total)}' + (f' of {gib(limit)}' if limit else ''))
+  limit = aot.HBM[FLAGS.topology.partition(':')[0]]
+  print(f'together      {gib(report.total)} of {limit:.2f} GiB')
   for kind, (count, size) in sorted(report.collectives.items()):
     print(f'{kind:<19} {count} in the program, {size / 2**20:.1f} MiB')
   print(f'compilation   {report.seconds:.0f} s on this machine')

@@ -20,10 +20,10 @@ from vision_attention import errors, macs, planning
 from vision_attention.training import objective, sharding, state
 
 logger = logging.getLogger('vision_attention')
-# Usable bytes of a device, as the compiler names them when a program is too large.
 _GIB = 2**30
-HBM = {'v4': 30.75 * _GIB, 'v5e': 15.75 * _GIB}
-CHIPS = ('v2', 'v3', 'v4', 'v5e', 'v5p', 'v6e')
+# Usable GiB of a device, as the compiler names them when a program is too large. Those of a v2 or
+# v3 are a core's; a chip has two.
+HBM = {'v2': 7.48, 'v3': 15.48, 'v4': 30.75, 'v5e': 15.75, 'v5p': 95.73, 'v6e': 31.24}
 # Whose two cores work as one device.
 _MEGACORE = {'v4', 'v5p'}
 _TYPES = {'f32': 4, 'bf16': 2, 's32': 4, 'u32': 4, 'f16': 2, 'pred': 1, 's8': 1, 'u8': 1}
@@ -74,7 +74,7 @@ def devices(topology: str) -> list[Any]:
     ModuleNotFoundError: without libtpu.
   """
   chip, _, shape = topology.partition(':')
-  errors.check_choice('chip of the topology', chip, CHIPS)
+  errors.check_choice('chip of the topology', chip, HBM)
   if not re.fullmatch(r'\d+(x\d+){1,2}', shape):
     raise ValueError(f'topology {topology!r} does not read like v4:2x2x1 or v5e:16x16')
   # libtpu asks for these where it runs; here they only keep it from looking for a TPU.
