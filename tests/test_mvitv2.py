@@ -309,6 +309,24 @@ def test_official_and_timm_names_are_the_same_weights(expand, class_token):
   np.testing.assert_array_equal(attn['pool_key']['kernel'][0, 1, 0], kernel[:, 0, 0, 1])
 
 
+def test_weights_of_another_form_are_refused_by_a_model_that_would_not_use_them():
+  """Flax takes variables that no module asks for, and the logits would be others."""
+  state = _state('mlp', class_token=True)
+  variables = va.load_reference('mvitv2_tiny', state, source='timm', **TINY)
+  images = np.zeros((1, 64, 64, 3), np.float32)
+  create = functools.partial(
+    va.create_model, 'mvitv2_tiny', num_classes=3, image_size=64, source='timm', **TINY
+  )
+  for options, message in (
+    ({}, r"a model with class_token=True, expand='mlp', of which"),
+    ({'expand': 'mlp'}, r'a model with class_token=True, of which'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      jax.eval_shape(create(**options)[0].apply, variables, images)
+  model, _ = create(expand='mlp', class_token=True)
+  assert jax.eval_shape(model.apply, variables, images).shape == (1, 3)
+
+
 def test_tables_are_resized_linearly():
   table = np.array([[0.0], [1.0], [2.0]], np.float32)
   np.testing.assert_allclose(decomposed_position.resize(table, (3, 1)), table)

@@ -27,9 +27,10 @@ def load_reference(
 ) -> dict[str, Any]:
   """Converts the weights of another implementation, without needing that implementation.
 
-  The number of classes and the resolution are read off the weights. The variables say where they
-  come from, so that a model of `create_model(name, ...)` computes what the reference computes, to
-  the form of its GELU.
+  The number of classes, the resolution and the form (with a class token, with a second head, ...)
+  are read off the weights. The variables say where they come from, so that a model of
+  `create_model(name, ...)` computes what the reference computes, to the form of its GELU; and which
+  options it must be created with, where it would otherwise leave some of them unused.
 
   Args:
     name: a registered name.
@@ -56,16 +57,48 @@ def load_reference(
   state = rules.prepare(
     {k: v for k, v in state.items() if not any(re.fullmatch(p, k) for p in rules.ignore)}
   )
-  inferred = {**rules.infer(state, registry.variant_of(name).options), **options}
+  found = rules.infer(state, registry.variant_of(name).options)
+  inferred = {**found, **options}
   model, info = registry.create_model(name, source=source, **inferred)
   built = {**info.options, **rules.options_of(registry.variant_of(name).options), **inferred}
-  variables = _convert(name, state, rules.rules_of(built), abstract_variables(model, info))
+  target = abstract_variables(model, info)
+  variables = _convert(name, state, rules.rules_of(built), target)
+  form = _form(name, source, found, options, target)
   if image_size is not None:
     other, info = registry.create_model(
       name, source=source, **{**inferred, 'image_size': image_size}
     )
     variables, _ = transfer.transfer(name, variables, abstract_variables(other, info), reinit=())
-  return {**variables, base.CONVENTION: {source: np.zeros((), np.float32)}}
+  return {**variables, base.CONVENTION: dict.fromkeys((source, *form), np.zeros((), np.float32))}
+
+
+def _form(
+  name: str,
+  source: str,
+  found: Mapping[str, Any],
+  options: Mapping[str, Any],
+  target: Mapping[str, Any],
+) -> tuple[str, ...]:
+  """Returns the options that a model of these weights needs, as `base.form` has them.
+
+  Args:
+    name: of the model.
+    source: of the weights.
+    found: what is read off them.
+    options: what the caller says of them.
+    target: variables of the model that fits them; if those of the model by default are no others,
+      nothing is needed.
+  """
+  sizes = {key: found[key] for key in ('num_classes', 'image_size') if key in found}
+  others = {key: value for key, value in options.items() if key not in found}
+  shown = {key: options.get(key, found[key]) for key in found if key not in sizes}
+  defaults = base.form(registry.defaults_of(name, source))
+  needed = tuple(text for text in base.form(shown) if text not in defaults)
+  if not needed:
+    return ()
+  plain = abstract_variables(*registry.create_model(name, source=source, **{**sizes, **others}))
+  shapes = [{path: leaf.shape for path, leaf in tree.flatten(t).items()} for t in (target, plain)]
+  return () if shapes[0] == shapes[1] else needed
 
 
 def abstract_variables(model: base.Classifier, info: base.ModelInfo) -> dict[str, Any]:

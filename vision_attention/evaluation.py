@@ -172,7 +172,9 @@ def _weights(plan: planning.Plan, workdir: folders.Folder) -> tuple[int, dict[st
     plan.config.model.name, loaded, zeros, reinit=(), classes=plan.classes
   )
   logger.info('evaluating %s: %s', where.path, report)
-  convention = {key: loaded[key] for key in (base.CONVENTION,) if key in loaded}
+  # Of what they say of themselves only the source: to the form they have been fitted.
+  named = loaded.get(base.CONVENTION, {})
+  convention = {base.CONVENTION: {k: named[k] for k in plan.model.conventions if k in named}}
   return 0, {'eval': put({'batch_stats': {}, **variables, **convention})}
 
 

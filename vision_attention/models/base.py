@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -78,25 +79,48 @@ def extends(parent: Callable[..., Parts], *without: str) -> Callable[..., Any]:
   return decorate
 
 
+def form(options: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns build options as texts, `name=value`, in order."""
+
+  def plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+      return tuple(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+  return tuple(sorted(f'{key}={plain(value)!r}' for key, value in options.items()))
+
+
 class Classifier(nn.Module):
   """`head(backbone(images))`, with variables `{'params': {'backbone': ..., 'head': ...}, ...}`.
 
   The reimplementations of one paper differ in details that carry no parameters: the form of GELU,
   an epsilon, a padding. Variables from `load_reference` name their origin in the collection
-  `convention`, and the classifier computes what that code computes.
+  `convention`, and the classifier computes what that code computes. They also name there the
+  options without which it would leave some of them unused, and are refused where it lacks one.
 
   Attributes:
     parts: what is built for variables without a `convention`.
     source: whose convention `parts` follows, when one was asked for; other variables are refused.
     conventions: by source, what is built for variables that name it.
+    options: the build options that were given, as `form` has them.
+
+  Raises:
+    ValueError: for variables of another source or form.
   """
 
   parts: Parts
   source: str | None = None
   conventions: Mapping[str, Parts] = nn.FrozenDict()
+  options: tuple[str, ...] = ()
 
   def setup(self):
     parts = self.parts
+    named = set(self.variables.get(CONVENTION, {}))
+    if missing := sorted(named - self.conventions.keys() - set(self.options)):
+      raise ValueError(
+        f'the variables are of a model with {", ".join(missing)}, of which this one would leave '
+        'some unused: pass that to create_model'
+      )
     for source, other in self.conventions.items():
       if self.has_variable(CONVENTION, source):
         if self.source not in (None, source):

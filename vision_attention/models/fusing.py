@@ -32,6 +32,7 @@ def fuse_batchnorm(
     parts=_fused(model.parts),
     source=model.source,
     conventions={source: _fused(parts) for source, parts in model.conventions.items()},
+    options=model.options,
   )
   variables = {key: _copied(value) for key, value in variables.items()}
   layers = _layers(model, variables)

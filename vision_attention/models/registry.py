@@ -56,6 +56,15 @@ def references_of(name: str) -> dict[str, Any]:
   return {source: reference for source, reference in every.items() if reference.fits(name)}
 
 
+def defaults_of(name: str, source: str | None = None) -> dict[str, Any]:
+  """Returns the build options of a model, in the convention of a source where one is given."""
+  module, variant = module_of(name), variant_of(name)
+  parameters = inspect.signature(module.build).parameters.items()
+  plain = {key: value.default for key, value in parameters if key not in _COMMON}
+  convention = {} if source is None else references_of(name)[source].options_of(variant.options)
+  return {**plain, **variant.options, **convention}
+
+
 def create_model(
   name: str,
   *,
@@ -112,7 +121,9 @@ def create_model(
     key: build(reference.options_of(variant.options)) for key, reference in references.items()
   }
   parts = build({}) if source is None else conventions[source]
-  model = base.Classifier(parts=parts, source=source, conventions=conventions)
+  model = base.Classifier(
+    parts=parts, source=source, conventions=conventions, options=base.form(options)
+  )
   return model, base.ModelInfo(
     name=name,
     image_size=size,
