@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from vision_attention import weights
+from vision_attention import torch_file, weights
 
 pytestmark = pytest.mark.fast
 DATA = pathlib.Path(__file__).parent / 'data'
@@ -104,3 +104,23 @@ def test_several_state_dicts_are_ambiguous(tmp_path):
     weights.read(tmp_path / 'x.pth')
   with pytest.raises(FileNotFoundError, match='there is no weight file'):
     weights.read(tmp_path / 'missing.pth')
+
+
+def test_weights_or_their_averages_are_taken_as_asked(tmp_path, monkeypatch):
+  raw, mean = ({'module.w': np.full((2,), value, np.float32)} for value in (1, 2))
+  (tmp_path / 'x.pth').write_bytes(b'')
+
+  def read(content, **options):
+    monkeypatch.setattr(torch_file, 'load', lambda path: content)
+    return weights.read(tmp_path / 'x.pth', **options)['w'][0]
+
+  # As LESA's code writes them, and others that know of nothing else.
+  assert read({'net': raw, 'acc': 78.1, 'epoch': 3}) == 1
+  assert read({'state_dict_ema': mean}) == 2
+  both = {'model': raw, 'model_ema': mean, 'epoch': 3}
+  assert read(both, averaged=False) == 1
+  assert read(both, averaged=True) == 2
+  with pytest.raises(ValueError, match=r"\['model', 'model_ema'\]: pass averaged=True or False"):
+    read(both)
+  with pytest.raises(ValueError, match=r"holds no averages.* only \['net'\]"):
+    read({'net': raw}, averaged=True)

@@ -23,6 +23,7 @@ def load_reference(
   *,
   source: str,
   image_size: int | tuple[int, int] | None = None,
+  averaged: bool | None = None,
   **options: Any,
 ) -> dict[str, Any]:
   """Converts the weights of another implementation, without needing that implementation.
@@ -38,6 +39,7 @@ def load_reference(
     source: the implementation, a key of the model file's `REFERENCES` (`timm`, `official`, ...).
     image_size: resolution to convert to; tables that depend on it are resized. That of the weights
       unless given.
+    averaged: which to take of a checkpoint that holds weights and averages of them.
     **options: build options, as of `create_model`.
 
   Returns:
@@ -51,7 +53,9 @@ def load_reference(
   errors.check_choice(f'source of {name}', source, references)
   rules = references[source]
   state = (
-    dict(source_weights) if isinstance(source_weights, Mapping) else weights.read(source_weights)
+    dict(source_weights)
+    if isinstance(source_weights, Mapping)
+    else weights.read(source_weights, averaged=averaged)
   )
   state = {key: np.asarray(value) for key, value in state.items()}
   state = rules.prepare(

@@ -14,15 +14,18 @@ from safetensors import SafetensorError
 from vision_attention import torch_file
 
 State = dict[str, np.ndarray]
-_NESTED = ('model', 'state_dict', 'model_state_dict', 'model_state')
+# Under which training codes keep their weights; where they keep averages of them too, with `_ema`.
+_NESTED = ('model', 'state_dict', 'model_state_dict', 'model_state', 'net')
 
 
-def read(path: str | os.PathLike) -> State:
+def read(path: str | os.PathLike, *, averaged: bool | None = None) -> State:
   """Reads a weight file.
 
   Args:
     path: a .safetensors, .npz, .pth, .pyth, .pt or .bin file. In PyTorch's formats the state dict
-      may lie under `model` or `state_dict`, and its keys may begin with `module.`.
+      may lie under `model`, `state_dict`, `net`, ..., and its keys may begin with `module.`.
+    averaged: which to take of a checkpoint that holds weights and, under a name that ends in
+      `_ema`, averages of them.
 
   Returns:
     Arrays by name; 16-bit floats as float32, all other types as they are.
@@ -41,7 +44,7 @@ def read(path: str | os.PathLike) -> State:
       with np.load(path, allow_pickle=False) as file:
         state = {key: file[key] for key in file.files}
     elif path.suffix in ('.pth', '.pt', '.bin', '.tar', '.pyth'):
-      state = _state_dict(torch_file.load(path), path)
+      state = _state_dict(torch_file.load(path), averaged)
     else:
       raise ValueError('its ending is not .safetensors, .npz, .pth, .pyth, .pt, .bin or .tar')
   except (ValueError, EOFError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
@@ -69,13 +72,20 @@ def _widened(value: np.ndarray) -> np.ndarray:
   return value.astype(np.float32) if half else value
 
 
-def _state_dict(content: Any, path: pathlib.Path) -> State:
+def _state_dict(content: Any, averaged: bool | None) -> State:
   """Finds the one state dict of a checkpoint."""
   if not isinstance(content, Mapping):
     raise ValueError(f'it holds a {type(content).__name__}, not a state dict')
-  found = [key for key in _NESTED if isinstance(content.get(key), Mapping)]
+  names = [f'{name}{end}' for name in _NESTED for end in ('', '_ema')]
+  found = [key for key in names if isinstance(content.get(key), Mapping)]
+  if averaged is not None and any(key.endswith('_ema') for key in found):
+    found = [key for key in found if key.endswith('_ema') == averaged]
+  elif averaged:
+    raise ValueError(f'it holds no averages, of which the name ends in _ema, only {found}')
   if len(found) > 1:
-    raise ValueError(f'it holds several state dicts, {found}: save the one you mean')
+    raise ValueError(
+      f'it holds several state dicts, {found}: pass averaged=True or False, or save the one meant'
+    )
   if found:
     content = content[found[0]]
   other = [key for key, value in content.items() if not isinstance(value, np.ndarray)]
