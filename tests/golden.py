@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,23 @@ class Golden:
     """Returns the largest difference, relative to the mean difference between the two images."""
     golden = self.outputs['logits']
     return float(np.abs(logits - golden).max() / np.abs(golden[0] - golden[1]).mean())
+
+  def error_of_features(self, features: Mapping[str, np.ndarray]) -> float:
+    """Returns the largest difference of the last map's samples, relative to their deviation.
+
+    Args:
+      features: of our model, `[b, h, w, c]` by stage; with a class token, `cls` `[b, c]` besides.
+    """
+    golden, layout = self.outputs['features'], self.meta['features_layout']
+    last = features[max(key for key in features if key.startswith('stage'))]
+    if 'cls first' in layout and 'cls' in features:
+      tokens = last.reshape(len(last), -1, last.shape[-1])
+      last = np.concatenate([features['cls'][:, None], tokens], axis=1)
+    if layout.startswith('NCHW'):
+      last = np.moveaxis(last, -1, 1)
+    found = last.reshape(-1)[::997]
+    assert found.shape == golden.shape, (last.shape, layout)
+    return float(np.abs(found - golden).max() / golden.std())
 
 
 def load(path: pathlib.Path) -> Golden:

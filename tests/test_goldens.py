@@ -1,5 +1,7 @@
 """Full-size models against what the reference implementations answered."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -11,25 +13,36 @@ TOLERANCE = 2e-3
 PATHS = sorted(golden.FOLDER.glob('*.npz'))
 
 
-def _logits(case: golden.Golden, **options) -> np.ndarray:
+def _answer(case: golden.Golden) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Returns logits and features of our model."""
   meta = case.meta
   model, _ = va.create_model(
     meta['registered'],
     num_classes=case.outputs['logits'].shape[-1],
     image_size=tuple(meta['input'][1:3]),
     **meta['kwargs'],
-    **options,
   )
   variables = va.load_reference(
     meta['registered'], case.state(), source=meta['reference'], **meta['kwargs']
   )
-  return np.asarray(jax.jit(model.apply)(variables, case.images()))
+
+  def both(module, images):
+    features = module.features(images)
+    return module.head(features, train=False), features
+
+  apply = jax.jit(functools.partial(model.apply, method=both))
+  return jax.tree.map(np.asarray, apply(variables, case.images()))
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
-def test_logits_are_those_of_the_reference(path):
+def test_logits_and_features_are_those_of_the_reference(path):
   case = golden.load(path)
-  error = case.error(_logits(case))
+  logits, features = _answer(case)
+  error = case.error(logits)
   print(f'{path.stem}: {error:.1e}')
   assert error <= TOLERANCE
+  if 'features' in case.outputs:
+    error = case.error_of_features(features)
+    print(f'{path.stem}, features: {error:.1e}')
+    assert error <= TOLERANCE
