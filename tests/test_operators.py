@@ -141,6 +141,43 @@ def test_pairs_that_make_no_sense_are_refused_with_the_reason():
     va.create_model('resnet_50', attn='cbam')
 
 
+@pytest.mark.parametrize(
+  ('spec', 'message'),
+  [
+    ({'name': 'halo', 'stride': 3}, 'stride 3 of halo attention must be 1 or 2'),
+    ({'name': 'pooling', 'kernel_size': 2}, 'kernel_size 2 has no centre: the nearest are 1 and 3'),
+    (
+      {'name': 'convolutional_projection', 'kernel': 4},
+      'kernel 4 has no centre: the nearest are 3 and 5',
+    ),
+  ],
+)
+def test_fields_that_an_operator_cannot_take_are_refused(spec, message):
+  operator = operators.operator(spec)(dim=16, num_heads=2)
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(
+      lambda x: operator.init(jax.random.key(0), x, train=False), jnp.zeros((1, 24, 24, 16))
+    )
+
+
+@pytest.mark.parametrize(
+  ('name', 'options', 'spec', 'side'),
+  [
+    ('nat_mini', {'kernel': 5}, {'name': 'neighborhood', 'dilation': 1}, 9),
+    ('swin_tiny', {'window': 4}, {'name': 'window', 'shift': (0, 0)}, 7),
+  ],
+)
+def test_a_field_that_is_given_leaves_the_others_to_the_backbone(name, options, spec, side):
+  """The side of a table tells the kernel, or window, that a backbone has bound."""
+  model, info = va.create_model(name, image_size=128, attn=spec, **options)
+  images = jnp.zeros((1, *info.image_size, 3))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+  found = tree.flatten(shapes).items()
+  tables = [x.shape for path, x in found if '/attn/' in path and len(x.shape) == 3]
+  assert tables
+  assert all(side in shape for shape in tables), tables
+
+
 @pytest.mark.parametrize('name', ['relative', 'bottleneck', 'augmented'])
 def test_tables_of_operators_are_resized_in_any_backbone(name):
   large, small = (

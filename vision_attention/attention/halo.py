@@ -85,6 +85,8 @@ class HaloAttention(nn.Module):
         f'{self.num_heads} heads do not divide width {self.dim} and value width {value_dim}: '
         'pass a common divisor'
       )
+    if self.stride not in (1, 2):
+      raise ValueError(f'stride {self.stride} of halo attention must be 1 or 2')
     head_dim = self.head_dim or self.dim // self.num_heads
     pool = self.stride > 1 and (self.avg_down or self.block % self.stride != 0)
     near = local_attention.halo(

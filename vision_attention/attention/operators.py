@@ -106,6 +106,11 @@ def _fields(spec: ModuleDef) -> list[str]:
   return [f.name for f in dataclasses.fields(cls) if f.name not in ('parent', 'name')]
 
 
+def takes(spec: ModuleDef, field: str) -> bool:
+  """Whether an operator or module has a field, bound or not: of what kind it is."""
+  return field in _fields(spec)
+
+
 def has_field(spec: ModuleDef, field: str) -> bool:
   """Whether an operator or module has a field that is not bound yet."""
   return field in _fields(spec) and field not in getattr(spec, 'keywords', {})

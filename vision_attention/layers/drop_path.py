@@ -41,7 +41,12 @@ def linear_rates(rate: float, depths: Sequence[int], *, last: bool = True) -> li
     depths: blocks per stage.
     last: whether block `b` of `B` gets `p b / (B - 1)`, so that the last one reaches `p`
       (timm, big_vision), or `p b / B` (Google's CoAtNet and MaxViT code).
+
+  Raises:
+    ValueError: for a rate outside of [0, 1).
   """
+  if not 0 <= rate < 1:
+    raise ValueError(f'drop_path {rate} is not in [0, 1)')
   total = sum(depths)
   steps = max(total - 1, 1) if last else total
   flat = iter(range(total))

@@ -213,7 +213,7 @@ def build(
     )
     made = operators.bind(made, kv_stride=kv_strides[i])
     if pool == 'cls' and i == len(depths) - 1:
-      if operators.has_field(made, 'map_size'):
+      if operators.takes(made, 'map_size'):
         return operators.bind(made, map_size=size)
       if operators.trait(made, 'needs_map', False):
         raise ValueError(

@@ -206,7 +206,7 @@ def build(
       dropout=dropout,
       **types,
     )
-    if operators.has_field(made, 'value_ratio'):
+    if operators.takes(made, 'value_ratio'):
       made = operators.bind(
         made, value_ratio=value_ratio, scale_init=nn.initializers.zeros, **shared
       )

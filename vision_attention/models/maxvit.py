@@ -181,7 +181,7 @@ def build(
 
   def attention(spec: operators.Spec) -> ModuleDef:
     made = operators.bind(operators.operator(spec), kernel_init=INIT, **types)
-    if operators.has_field(made, 'table_window'):
+    if operators.takes(made, 'table_window'):
       tables = {'interpolate': True, 'table_window': table_window}
       made = operators.bind(made, window=sides, grid=sides, fit=fit, **tables)
     return functools.partial(

@@ -215,7 +215,7 @@ def build(
       kernel_init=INIT,
       **types,
     )
-    if operators.has_field(made, 'residual_class'):
+    if operators.takes(made, 'residual_class'):
       made = operators.bind(
         made, size=size, residual_class=residual_class, window=window, padding=padding
       )

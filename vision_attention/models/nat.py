@@ -153,7 +153,7 @@ def build(
     made = operators.bind(
       operators.operator(per_block[i][j]), kernel_init=INIT, dropout=dropout, **types
     )
-    if operators.has_field(made, 'dilation'):
+    if operators.takes(made, 'dilation'):
       made = operators.bind(made, kernel=kernel, dilation=dilation(i, j), qkv_bias=qkv_bias)
     return functools.partial(
       vit.EncoderBlock,

@@ -141,7 +141,7 @@ def build(
     made = operators.bind(
       operators.operator(per_block[i][j]), kernel_init=INIT, dropout=dropout, **types
     )
-    if operators.has_field(made, 'shift'):
+    if operators.takes(made, 'shift'):
       shift = tuple(side // 2 for side in sides) if j % 2 else (0, 0)
       made = operators.bind(
         made, window=sides, shift=shift, fit=fit, padding=padding, qkv_bias=qkv_bias

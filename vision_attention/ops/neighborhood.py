@@ -271,7 +271,7 @@ def _attend_bwd(plan: _Plan, saved: Any, g: Array) -> tuple[Array, Array, Array,
   keys = _product(_MATMUL, _swap(_tiles(query * plan.scale, plan)), narrow)
   dtable = None
   if table is not None:
-    dbias = _sum_batch(dlogits)
+    dbias = lax.platform_dependent(dlogits, cpu=_sum_by_halves, default=lambda x: x.sum(0))
     dtable = jax.vjp(lambda t: jnp.broadcast_to(_bias(t, plan), dbias.shape), table)[1](dbias)[0]
   return (
     (_untile(queries, plan) * plan.scale).astype(query.dtype),
@@ -281,8 +281,11 @@ def _attend_bwd(plan: _Plan, saved: Any, g: Array) -> tuple[Array, Array, Array,
   )
 
 
-def _sum_batch(x: Float[Array, 'b ...']) -> Float[Array, '...']:
-  """Sums over images by halves: XLA's CPU backend is slow to reduce a leading axis."""
+def _sum_by_halves(x: Float[Array, 'b ...']) -> Float[Array, '...']:
+  """Sums over images: XLA's CPU backend is slow to reduce a leading axis.
+
+  Elsewhere every half of a batch that devices share would be sent from one to another.
+  """
   odd = []
   while len(x) > 1:
     half = len(x) // 2
