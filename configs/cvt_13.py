@@ -63,6 +63,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 def _train(config: ml_collections.ConfigDict, weight_decay: float) -> None:
   common.deit_augmentation(config)
+  config.erasing.after_mixing = False  # the code's loader erases, and its loop mixes
   config.total = '300 epochs'
   config.batch_size = 2048
   config.optimizer.name = 'adamw'

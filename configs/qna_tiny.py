@@ -41,6 +41,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   common.deit_augmentation(config)
   # SimCLR's jitter at strength 0.3, behind RandAugment.
   config.data.train_ops = (*config.data.train_ops, 'color_jitter(0.24, 0.24, 0.24, 0.06)')
+  config.erasing.after_mixing = False  # the code erases every image, and mixes the batch
   config.mixing.per = 'weight'
   config.mixing.draw = 'power'
   config.image_size = args.size or (384 if args.init else 224)
