@@ -5,6 +5,7 @@ checkpoint with the next batch, and ends in the same state and the same metrics,
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,7 +14,8 @@ import os
 import signal
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -77,10 +79,16 @@ def dry_run(config: Any) -> None:
 
 def train_and_evaluate(config: Any, workdir: folders.Folder) -> dict[str, float]:
   """Trains to the end, from wherever the run in `workdir` stands; returns the last evaluation."""
-  # -- Check. SIGTERM from here on means: save at the next step, then leave.
   plan = planning.prepare(config)
+  first = jax.process_index() == 0
+  with folders.held(workdir) if first else contextlib.nullcontext():
+    planning.check_same_run(plan.config, workdir)
+    return _train(plan, workdir)
+
+
+def _train(plan: planning.Plan, workdir: folders.Folder) -> dict[str, float]:
   config, total, every = plan.config, plan.total, plan.every
-  planning.check_same_run(config, workdir)
+  # -- SIGTERM from here on means: save at the next step, then leave.
   terminated: list[int] = []
   if jax.process_count() == 1:
     # Several processes must stop at the same step, and have JAX's own handler agree on it.
@@ -159,30 +167,43 @@ def train_and_evaluate(config: Any, workdir: folders.Folder) -> dict[str, float]
     began = time.monotonic()
     found = evaluator(now, lambda: bool(terminated))
     if found is not None:
-      if not writer.has(step, 'eval/top1'):
+      if not writer.row(step, 'eval/top1'):
         writer.write(step, found)
       _report(found)
     clock.pause(time.monotonic() - began)
     return found
 
+  def scores(found: Mapping[str, float]) -> dict[str, float]:
+    best = config.eval.best_by
+    return {best: found[f'{evaluation.best_name(found)}/{best}']}
+
   def save(step: int, found: dict[str, float] | None) -> None:
     began = time.monotonic()
     check_finite()
     writer.flush()  # the lines until this step, without which it is no place to go on from
-    best = config.eval.best_by
-    scores = {best: found[f'{evaluation.best_name(found)}/{best}']} if found else None
-    manager.save(step, now, window, config, scores)
+    manager.save(step, now, window, config, scores(found) if found else None)
     clock.pause(time.monotonic() - began)
+
+  def leave(step: int) -> NoReturn:
+    manager.close()
+    writer.close()
+    logger.info('saved step %d of %d after SIGTERM', step, total)
+    sys.stdout.flush()
+    os._exit(PREEMPTED)
 
   # -- Train. Only logging, evaluation and checkpoints wait for the devices.
   found = None
   evaluation_due = lambda step: step % every['eval'] == 0 or step == total
-  if start and evaluation_due(start) and not writer.has(start, 'eval/top1'):
-    # The run was ended between this step and its evaluation.
-    found = run_evaluation(start)
+  if start and evaluation_due(start):
+    if not writer.row(start, 'eval/top1'):
+      # The run was ended between this step and the end of its evaluation.
+      found = run_evaluation(start)
+      if found is None:
+        leave(start)
+    manager.score(start, scores(found or writer.row(start, 'eval/top1')))
   running: collections.deque = collections.deque()
   profile = folders.Staging(workdir / 'profile')
-  profile_end = config.profile.start + config.profile.steps - 1
+  profile_end = min(config.profile.start + config.profile.steps - 1, total)
   for step in range(start + 1, total + 1):
     if step == config.profile.start:
       jax.profiler.start_trace(str(profile.path))
@@ -195,7 +216,7 @@ def train_and_evaluate(config: Any, workdir: folders.Folder) -> dict[str, float]
     if len(running) > 2:
       # Two steps in flight keep the devices busy; more would only pile up batches.
       running.popleft().block_until_ready()
-    if config.profile.start > start and step == min(profile_end, total):
+    if start < config.profile.start <= step == profile_end:
       jax.block_until_ready(now)
       jax.profiler.stop_trace()
       profile.upload()
@@ -207,11 +228,7 @@ def train_and_evaluate(config: Any, workdir: folders.Folder) -> dict[str, float]
     if found or stop or step % every['checkpoint'] == 0:
       save(step, found)
     if stop:
-      manager.close()
-      writer.close()
-      logger.info('saved step %d of %d after SIGTERM', step, total)
-      sys.stdout.flush()
-      os._exit(PREEMPTED)
+      leave(step)
 
   manager.close()
   writer.close()

@@ -106,6 +106,8 @@ def test_half_written_checkpoints_are_not_there(tmp_path):
   )
   manager = checkpoint.Manager(tmp_path, 1, 1)
   assert manager.latest_step() == 1
+  # Nothing of it is thrown away.
+  assert (folder / '3.broken' / 'state').is_dir()
   # The steps that a kill spoiled are reached again.
   manager.save(2, _state(2), state.new_window(), CONFIG, None)
   manager.save(3, _state(3), state.new_window(), CONFIG, None)

@@ -42,7 +42,7 @@ def test_lines_come_together_and_before_what_follows_them(store, monkeypatch):
   for step in (1, 2, 3):
     writer.write(step, {'train/loss': step / 2})
   assert not store.names()
-  assert writer.has(3, 'train/loss')
+  assert writer.row(3, 'train/loss')
   writer.flush()
   assert store.written.count(f'{INSIDE}/metrics.jsonl') == 1
   rows = [json.loads(line) for line in _text(store, 'metrics.jsonl').splitlines()]
@@ -50,8 +50,8 @@ def test_lines_come_together_and_before_what_follows_them(store, monkeypatch):
   assert any('/tensorboard/events' in name for name in store.names())
   # Another process has read it anew, and drops what came after the step that it restored.
   again = metrics.Writer(where, 2, True)
-  assert again.has(2, 'train/loss')
-  assert not again.has(3, 'train/loss')
+  assert again.row(2, 'train/loss')
+  assert not again.row(3, 'train/loss')
   assert len(_text(store, 'metrics.jsonl').splitlines()) == 2
   monkeypatch.setattr(folders, '_SECONDS', 0.0)
   again.write(3, {'train/loss': 7.0})

@@ -13,7 +13,7 @@ import pytest
 
 import train
 from configs import coatnet0, vit_s16
-from vision_attention import checkpoint, planning
+from vision_attention import checkpoint, evaluation, planning
 from vision_attention.data import builders
 from vision_attention.models import tree
 from vision_attention.training import state
@@ -214,6 +214,11 @@ def test_fine_tuning_takes_over_all_but_what_changes(data_dir, tmp_path, caplog)
   rows = [json.loads(line) for line in (tmp_path / 'first/metrics.jsonl').read_text().splitlines()]
   assert [row['step'] for row in rows] == [3, 6, 9, 12, 12]
   assert rows[-1]['eval_ema/top1'] == first['eval_ema/top1']
+  again = evaluation.evaluate_only(_loop(data_dir), tmp_path / 'first')
+  assert again['eval_ema/loss'] == pytest.approx(first['eval_ema/loss'], abs=1e-5)
+  for key, value in (('data.mean', (0.9, 0.9, 0.9)), ('model.source', 'timm')):
+    with pytest.raises(ValueError, match=rf'was trained otherwise \({key}: .* -> '):
+      evaluation.evaluate_only(_loop(data_dir, **{key: value}), tmp_path / 'first')
   config = _loop(data_dir, **{'image_size': 64, 'init.path': str(tmp_path / 'first')})
   plan = planning.prepare(config)
   with caplog.at_level('INFO', 'vision_attention'):
@@ -233,6 +238,45 @@ def test_fine_tuning_takes_over_all_but_what_changes(data_dir, tmp_path, caplog)
   jax.tree.map(np.testing.assert_array_equal, now.ema_params, now.params)
   moments = [x for x in jax.tree.leaves(now.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)]
   assert all((np.asarray(x) == 0).all() for x in moments)
+
+
+def test_a_model_follows_the_conventions_of_the_weights_that_it_starts_from(data_dir, tmp_path):
+  """Otherwise it would begin as another function than the one that was trained."""
+  item = tmp_path / 'run' / checkpoint.CHECKPOINTS / '5'
+  (item / 'config').mkdir(parents=True)
+  (item / '_CHECKPOINT_METADATA').touch()
+  (item / 'config' / 'metadata').write_text(json.dumps({'model': {'source': 'timm'}}))
+  for init in (
+    {'init.path': str(tmp_path / 'run')},
+    {'init.path': 'weights.safetensors', 'init.source': 'timm'},
+  ):
+    plan = planning.prepare(_loop(data_dir, **init))
+    assert (plan.config.model.source, plan.model.source) == ('timm', 'timm')
+  assert planning.prepare(_loop(data_dir)).config.model.source == ''
+  # Of a file of ours nothing is known.
+  plan = planning.prepare(_loop(data_dir, **{'init.path': 'w.npz', 'model.source': 'timm'}))
+  assert plan.config.model.source == 'timm'
+  (item / 'config' / 'metadata').write_text(json.dumps({'model': {'source': ''}}))
+  with pytest.raises(ValueError, match=r"model.source is 'timm', but the weights of .*package"):
+    planning.prepare(
+      _loop(data_dir, **{'init.path': str(tmp_path / 'run'), 'model.source': 'timm'})
+    )
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('optimizer.clip_norm', -1.0),
+    ('optimizer.b1', 1.5),
+    ('mixing.mixup_alpha', -1.0),
+    ('mixing.switch_prob', 7.0),
+    ('data.std', (0.2, 0.0, 0.2)),
+    ('profile.steps', 0),
+  ],
+)
+def test_values_that_would_train_something_else_are_refused(data_dir, key, value):
+  with pytest.raises(ValueError, match=f'config.{key} .* is not between'):
+    planning.prepare(_loop(data_dir, **{key: value}))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -19,6 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from vision_attention import folders, weights
 from vision_attention.models import base, registry, tree
 
+logger = logging.getLogger('vision_attention')
 CHECKPOINTS = 'checkpoints'
 CONFIG = 'config.json'
 _METADATA = '_CHECKPOINT_METADATA'  # comes with the folder's rename, which makes a checkpoint whole
@@ -50,8 +52,17 @@ class Manager:
     self._begun: int | None = None
     if jax.process_index() == 0 and not folders.is_bucket(folder):
       # A copy of a run that was broken off; Orbax would take the number for a checkpoint.
-      for broken in set(_steps(folder)) - set(steps_of(workdir)):
-        shutil.rmtree(folder / str(broken))
+      for step in sorted(set(_steps(folder)) - set(steps_of(workdir))):
+        broken = folder / f'{step}.broken'
+        shutil.rmtree(broken, ignore_errors=True)
+        (folder / str(step)).rename(broken)
+        logger.warning(
+          'the checkpoint of step %d has no %s, so it is not whole: it is %s now, and the run goes '
+          'on without it',
+          step,
+          _METADATA,
+          broken,
+        )
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('broken checkpoints are removed')
     policies: list[Any] = [preservation_policy.LatestN(max(1, keep_latest))]
@@ -111,6 +122,17 @@ class Manager:
       items['metrics'] = ocp.args.JsonSave(scores)
     with self._writing():
       self._manager.save(step, args=ocp.args.Composite(**items), metrics=scores, force=True)
+
+  def score(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Gives a checkpoint the scores of an evaluation that ended after it was saved."""
+    folder = self._folder / str(step) / 'metrics'
+    if not folder.exists():
+      if jax.process_index() == 0:
+        folders.make(folder)
+        folders.write(folder / 'metrics', json.dumps(dict(metrics)))
+      if jax.process_count() > 1:
+        multihost_utils.sync_global_devices('a checkpoint has its scores')
+      self._manager.reload()
 
   def restore(self, step: int, state: Any, window: Any) -> tuple[Any, Any]:
     """Restores into shapes with shardings (`ShapeDtypeStruct`s), bit for bit.
@@ -266,6 +288,15 @@ def _restore_numpy(folder: folders.Folder, item: Any) -> Any:
   args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     return checkpointer.restore(folder / 'state', args=args)
+
+
+def source_of(path: str | os.PathLike) -> str | None:
+  """Returns whose conventions a run's model follows, `''` for ours; None of what is no run."""
+  try:
+    text = (_step_folder(path, None) / 'config' / 'metadata').read_text()
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  return json.loads(text)['model'].get('source') or ''
 
 
 def save_variables(path: str | pathlib.Path, variables: Mapping[str, Any]) -> None:

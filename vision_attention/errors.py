@@ -6,6 +6,10 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+REFUSED = 2
+FAILED = 74  # EX_IOERR of sysexits.h
+_LASTING = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+
 
 def nearest(value: str, allowed: Iterable[str]) -> str:
   """Returns `did you mean 'x'?` or, when nothing is near, the whole list of allowed values."""
@@ -23,18 +27,23 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
     raise ValueError(f'{what} {value!r} is unknown: {nearest(value, allowed)}')
 
 
-def refuse(message: str) -> NoReturn:
-  """Ends the process with a message and exit code 2."""
+def refuse(message: str, code: int = REFUSED) -> NoReturn:
+  """Ends the process with a message and an exit code."""
   # In one piece, and on a line of its own where a library's thread has begun one.
   sys.stderr.write(f'\nerror: {message}\n')
-  sys.exit(2)
+  sys.exit(code)
 
 
 def run(job: Callable[[], Any]) -> None:
-  """Does a job; what its user can put right is said in one message, and ends with exit code 2."""
+  """Does a job; what its user can put right is said in one message.
+
+  The exit code is REFUSED for what would be refused again, and FAILED for what reading and writing
+  met, which may be over when the same command is tried again.
+  """
   try:
     job()
   except (ValueError, OSError, FloatingPointError) as error:
     # A traceback is for our own mistakes.
     logging.getLogger('vision_attention').debug('refused', exc_info=True)
-    refuse(str(error))
+    lasting = not isinstance(error, OSError) or isinstance(error, _LASTING)
+    refuse(str(error), REFUSED if lasting else FAILED)

@@ -79,6 +79,11 @@ class Evaluator:
     return found
 
 
+# What the weights of a run depend on, and what of their model may be changed all the same.
+_TRAINED_WITH = ('data.mean', 'data.num_classes', 'data.std', 'ema.decay')
+_FREE = ('model.dtype', 'model.options.drop_path', 'model.options.remat', 'model.options.scan')
+
+
 def best_name(found: Mapping[str, float]) -> str:
   """Returns whose accuracy counts: the averaged weights' where there are any."""
   return 'eval_ema' if 'eval_ema/top1' in found else 'eval'
@@ -145,16 +150,24 @@ def _facts(plan: planning.Plan, step: int) -> dict[str, Any]:
 def _weights(plan: planning.Plan, workdir: folders.Folder) -> tuple[int, dict[str, Any]]:
   """Returns the step, and variables on the devices by the name of their results."""
   steps, now = checkpoint.steps_of(workdir), plan.shapes[0]
+  name, shapes = plan.config.model.name, convert.abstract_variables(plan.model, plan.info)
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
   put = lambda tree: jax.tree.map(
     jax.device_put, tree, sharding.shardings(tree, plan.mesh, plan.config.sharding_rules)
   )
   if steps:
+    _check_same_model(plan.config, workdir)
     names = {'eval': False} | ({'eval_ema': True} if now.ema_params is not None else {})
     loaded = {
-      name: checkpoint.load_variables(workdir, ema=ema, step=steps[-1])
-      for name, ema in names.items()
+      kind: checkpoint.load_variables(workdir, ema=ema, step=steps[-1])
+      for kind, ema in names.items()
     }
-    return steps[-1], {name: put({'batch_stats': {}, **tree}) for name, tree in loaded.items()}
+    # Blocks may be scanned here and not there.
+    fitted = {
+      kind: transfer.transfer(name, variables, zeros, reinit=())[0]
+      for kind, variables in loaded.items()
+    }
+    return steps[-1], {kind: put({'batch_stats': {}, **tree}) for kind, tree in fitted.items()}
   where = plan.config.init
   if not where.path:
     raise FileNotFoundError(
@@ -165,17 +178,33 @@ def _weights(plan: planning.Plan, workdir: folders.Folder) -> tuple[int, dict[st
       f'{plan.classes.count(-1)} classes of {plan.config.data.name} are not in '
       f'config.init.classes {where.classes!r}: what they would be answered by is not trained'
     )
-  loaded = planning.load(plan.config.model.name, where)
-  shapes = convert.abstract_variables(plan.model, plan.info)
-  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  variables, report = transfer.transfer(
-    plan.config.model.name, loaded, zeros, reinit=(), classes=plan.classes
-  )
+  loaded = planning.load(name, where)
+  variables, report = transfer.transfer(name, loaded, zeros, reinit=(), classes=plan.classes)
   logger.info('evaluating %s: %s', where.path, report)
   # Of what they say of themselves only the source: to the form they have been fitted.
   named = loaded.get(base.CONVENTION, {})
   convention = {base.CONVENTION: {k: named[k] for k in plan.model.conventions if k in named}}
   return 0, {'eval': put({'batch_stats': {}, **variables, **convention})}
+
+
+def _check_same_model(config: Any, workdir: folders.Folder) -> None:
+  """Refuses what would let a run's weights answer otherwise than they were trained to.
+
+  Raises:
+    ValueError: naming the keys.
+  """
+  if not (workdir / checkpoint.CONFIG).exists():
+    return
+  other = [
+    text
+    for key, text in planning.changes(config, workdir).items()
+    if key in _TRAINED_WITH or (key.startswith('model.') and key not in _FREE)
+  ]
+  if other:
+    raise ValueError(
+      f'the run in {workdir} was trained otherwise ({"; ".join(other)}): evaluate it with its own '
+      'config, or name it by config.init.path from another --workdir'
+    )
 
 
 def _throughput(evaluator: Evaluator, variables: Any) -> float:

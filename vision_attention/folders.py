@@ -4,17 +4,22 @@ In a bucket an object is written whole or not at all, none is appended to or ren
 is no more than what names begin with.
 """
 
+import contextlib
+import fcntl
 import importlib
 import importlib.util
+import logging
 import os
 import pathlib
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
 
 from etils import epath
 
+logger = logging.getLogger('vision_attention')
 Folder = pathlib.Path | epath.Path
 _SECONDS = 30.0  # between two writes of an object that grows; a bucket takes at most one a second
 
@@ -70,6 +75,36 @@ def make(path: Folder) -> None:
   """Makes a folder, with those above it."""
   if not is_bucket(path):
     path.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def held(path: Folder) -> Iterator[None]:
+  """Keeps other runs out of a folder; the end of this process, of whatever kind, lets them in.
+
+  A bucket knows no locks: there nothing is held.
+
+  Raises:
+    ValueError: if a run is there already.
+  """
+  if is_bucket(path):
+    yield
+    return
+  make(path)
+  with (path / '.lock').open('a+') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      lock.seek(0)
+      raise ValueError(
+        f'{path} is held by another run ({lock.read().strip()}): wait for its end, stop it, or '
+        'pass another --workdir'
+      ) from error
+    except OSError as error:  # a file system without locks
+      logger.warning('%s cannot be held (%s): see to it that one run uses it', path, error)
+    lock.truncate(0)
+    lock.write(f'process {os.getpid()} of {socket.gethostname()}\n')
+    lock.flush()
+    yield
 
 
 def write(path: Folder, text: str) -> None:

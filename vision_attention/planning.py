@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from vision_attention.models import base, depth, registry, tree
 from vision_attention.training import (
   erasing,
   losses,
+  metrics,
   mixing,
   objective,
   optimizer,
@@ -30,6 +32,7 @@ from vision_attention.training import (
   tracking,
 )
 
+logger = logging.getLogger('vision_attention')
 DTYPES = ('float32', 'bfloat16')
 # Config keys that do not change what is computed, so that a run may go on with other values.
 VOLATILE = (
@@ -113,6 +116,8 @@ def prepare(config: Any, *, with_data: bool = True, devices: Sequence[Any] | Non
   elif not (config.data.num_classes and config.data.num_train):
     raise ValueError('without data, config.data.num_classes and num_train must be given')
   _check_values(config)
+  if with_data:
+    _take_over_source(config)
   weights = None
   if with_data and config.loss.class_weights != 'none':
     # Known to who has the data; a dry run can do without.
@@ -290,23 +295,62 @@ def _check_values(config: Any) -> None:
     ('mesh.tensor', config.mesh.tensor, 1, math.inf),
     ('mesh.join_seconds', config.mesh.join_seconds, 1, math.inf),
     ('mesh.heartbeat_seconds', config.mesh.heartbeat_seconds, 2, math.inf),
+    ('seed', config.seed, 0, 2**32 - 1),
     ('ema.decay', config.ema.decay, 0, 1),
     ('loss.label_smoothing', config.loss.label_smoothing, 0, 1),
     ('loss.focal_gamma', config.loss.focal_gamma, 0, math.inf),
     ('mixing.prob', config.mixing.prob, 0, 1),
+    ('mixing.switch_prob', config.mixing.switch_prob, 0, 1),
+    ('mixing.mixup_alpha', config.mixing.mixup_alpha, 0, math.inf),
+    ('mixing.cutmix_alpha', config.mixing.cutmix_alpha, 0, math.inf),
     ('erasing.prob', config.erasing.prob, 0, 1),
     ('distill.weight', config.distill.weight, 0, 1),
     ('distill.temperature', config.distill.temperature, 1e-3, math.inf),
     ('tokens.weight', config.tokens.weight, 0, math.inf),
     ('data.repeats', config.data.repeats, 1, math.inf),
+    ('data.num_threads', config.data.num_threads, 0, math.inf),
+    ('data.num_workers', config.data.num_workers, 0, math.inf),
+    ('data.prefetch', config.data.prefetch, 0, math.inf),
+    *(('data.std', value, 1e-6, math.inf) for value in config.data.std),
+    ('schedule.final', config.schedule.final, 0, math.inf),
     ('schedule.warmup_init', config.schedule.warmup_init, 0, 1),
     ('optimizer.learning_rate', config.optimizer.learning_rate, 0, math.inf),
     ('optimizer.weight_decay', config.optimizer.weight_decay, 0, math.inf),
     ('optimizer.layer_decay', config.optimizer.layer_decay, 1e-3, 1),
+    ('optimizer.clip_norm', config.optimizer.clip_norm, 0, math.inf),
+    ('optimizer.clip_adaptive', config.optimizer.clip_adaptive, 0, math.inf),
+    ('optimizer.momentum', config.optimizer.momentum, 0, 1),
+    ('optimizer.b1', config.optimizer.b1, 0, 1),
+    ('optimizer.b2', config.optimizer.b2, 0, 1),
+    ('optimizer.epsilon', config.optimizer.epsilon, 0, math.inf),
     ('checkpoint.keep_latest', config.checkpoint.keep_latest, 1, math.inf),
+    ('checkpoint.keep_best', config.checkpoint.keep_best, 0, math.inf),
+    ('profile.start', config.profile.start, -1, math.inf),
+    ('profile.steps', config.profile.steps, 1, math.inf),
   ):
     if not low <= value <= high:
       raise ValueError(f'config.{key} {value} is not between {low} and {high}')
+
+
+def _take_over_source(config: Any) -> None:
+  """Lets the model follow the conventions by which the weights of `config.init` were trained.
+
+  Raises:
+    ValueError: if the config asks for others, by which they would answer otherwise.
+  """
+  where, ours = config.init, config.model.source
+  if not where.path:
+    return
+  theirs = where.source or checkpoint.source_of(where.path)
+  if theirs is None or theirs == ours:
+    return
+  if ours:
+    raise ValueError(
+      f'config.model.source is {ours!r}, but the weights of {where.path} follow the conventions of '
+      f'{theirs or "this package"!r}: set config.model.source={theirs!r}'
+    )
+  logger.info('the model follows the conventions of %r, as the weights of %s', theirs, where.path)
+  config.model.source = theirs
 
 
 def load(name: str, where: Any, **options: Any) -> Any:
@@ -335,27 +379,35 @@ def describe(plan: Plan) -> None:
   print(f'steps         {plan.total} ({config.total}); every {plan.every}')
 
 
+def changes(config: Any, workdir: folders.Folder) -> dict[str, str]:
+  """Returns by key, as `key: old -> new`, in what a config differs from that of a run."""
+  new = json.loads(config.to_json_best_effort())
+  old, new = _flat(json.loads((workdir / checkpoint.CONFIG).read_text())), _flat(new)
+  return {
+    key: f'{key}: {old.get(key)!r} -> {new.get(key)!r}'
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  }
+
+
 def check_same_run(config: Any, workdir: folders.Folder) -> None:
   """A folder holds one run: another config in it is refused, not mixed in."""
   tracking.check(config.wandb, workdir)
   path = workdir / checkpoint.CONFIG
-  new = json.loads(config.to_json_best_effort())
-  if path.exists() and checkpoint.steps_of(workdir):
-    flat = [_flat(tree) for tree in (json.loads(path.read_text()), new)]
+  if path.exists() and (checkpoint.steps_of(workdir) or (workdir / metrics.METRICS).exists()):
     changed = [
-      f'{key}: {flat[0].get(key)!r} -> {flat[1].get(key)!r}'
-      for key in sorted(flat[0].keys() | flat[1].keys())
-      if flat[0].get(key) != flat[1].get(key)
-      and not any(key == v or key.startswith(f'{v}.') for v in VOLATILE)
+      text
+      for key, text in changes(config, workdir).items()
+      if not any(key == v or key.startswith(f'{v}.') for v in VOLATILE)
     ]
     if changed:
       raise ValueError(
         f'{workdir} holds a run of another config ({"; ".join(changed)}): pass another --workdir, '
-        'or the same config'
+        'or the same config, or delete the folder if it is not needed'
       )
   if jax.process_index() == 0:
     folders.make(workdir)
-    folders.write(path, json.dumps(new, indent=2))
+    folders.write(path, json.dumps(json.loads(config.to_json_best_effort()), indent=2))
 
 
 def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:

@@ -67,10 +67,10 @@ class Writer:
     if self._tracker is not None:
       self._tracker.write(step, values)
 
-  def has(self, step: int, key: str) -> bool:
-    """Whether a metric was written at a step, by this process or before a restart."""
-    lines = self._lines[METRICS].text.splitlines()
-    return any(row['step'] == step and key in row for row in map(json.loads, lines))
+  def row(self, step: int, key: str) -> dict[str, float]:
+    """Returns what was written with a metric at a step, also before a restart; or nothing."""
+    rows = map(json.loads, self._lines[METRICS].text.splitlines())
+    return next((row for row in rows if row['step'] == step and key in row), {})
 
   def flush(self) -> None:
     """Brings into a bucket what it does not have yet; a folder on a disk has everything."""

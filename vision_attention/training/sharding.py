@@ -33,6 +33,8 @@ MIN_SIZE = 2**14
 LOST = 69
 _NOTICE = 3.0  # seconds
 _LOST = 'gloo|connection|coordination|heartbeat|barrier|unavailable|deadline|peer|socket'
+# In errors of other kinds, which may tell of a bucket's connections too.
+_LOST_ELSEWHERE = 'gloo|coordination service|heartbeat|sync_global_devices'
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 # Ports from here on are none that Linux gives to connections by itself.
 _PORTS = range(61440, 65536)
@@ -189,8 +191,8 @@ def end_if_others_are_lost(job: Callable[[], Any]) -> Any:
   """
   try:
     return job()
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1 or not re.search(_LOST, str(error), re.IGNORECASE):
+  except Exception as error:  # of many kinds, by what was under way
+    if jax.process_count() == 1 or not _tells_of_loss(error):
       raise
     logger.error(  # a traceback would hide it
       'process %d of %d lost another one, and ends (%s): start all processes again, in any number; '
@@ -204,6 +206,16 @@ def end_if_others_are_lost(job: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
       time.sleep(_NOTICE)  # JAX aborts who has not noticed the loss when process 0 ends
     os._exit(LOST)
+
+
+def _tells_of_loss(error: BaseException | None) -> bool:
+  """Whether an error, or what caused it, is of the kind that a lost process leaves behind."""
+  while error is not None:
+    pattern = _LOST if isinstance(error, jax.errors.JaxRuntimeError) else _LOST_ELSEWHERE
+    if re.search(pattern, str(error), re.IGNORECASE):
+      return True
+    error = error.__cause__
+  return False
 
 
 def make_mesh(data: int, fsdp: int, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
