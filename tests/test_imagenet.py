@@ -1,5 +1,6 @@
 """ImageNet and its test sets: from the official archives to what TFDS reads, image by image."""
 
+import functools
 import io
 import json
 import resource
@@ -102,6 +103,28 @@ def test_bytes_do_not_depend_on_processes_and_formats_hold_the_same(inputs, prep
     assert [(a[i].image, a[i].label) for i in range(len(a))] == [
       (b[i].image, b[i].label) for i in range(len(b))
     ]
+
+
+def test_a_replacement_that_was_broken_off_is_kept(inputs, tmp_path, monkeypatch):
+  """The same command without --overwrite leaves it alone; with it, goes on."""
+  make = functools.partial(imagenet.imagenet2012, inputs[0], tmp_path, shard_bytes=20_000)
+  make()
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(shards, '_metadata', killed)
+    with pytest.raises(KeyboardInterrupt):
+      make(overwrite=True, seed=5)
+  with pytest.raises(FileExistsError, match=r'unfinished is what is done of its replacement'):
+    make()
+  (work,) = tmp_path.glob('imagenet2012/.*.unfinished')
+  before = {path.name for path in (work / '5.1.0').iterdir()}
+  assert any('-train.array_record-' in name for name in before)
+  folder = make(overwrite=True, seed=5)
+  assert before <= {path.name for path in folder.iterdir()}
+  assert not work.exists()
 
 
 def test_a_full_disk_leaves_nothing_under_the_name(inputs, tmp_path):

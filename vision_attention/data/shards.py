@@ -291,9 +291,29 @@ def refuse_existing(spec: Spec, data_dir: pathlib.Path, overwrite: bool) -> None
   target = spec.folder(data_dir)
   if target.exists() and not overwrite:
     work = target.parent / f'.{spec.version}.unfinished'
-    if (work / 'complete.json').exists():
+    if _is_left_over(work, spec):
       shutil.rmtree(work)  # a kill came between the last two steps
+    elif work.exists():
+      raise FileExistsError(
+        f'{target} exists, and {work} is what is done of its replacement: go on with that by '
+        '--overwrite, or delete it'
+      )
     raise FileExistsError(f'{target} exists: pass --overwrite to replace it')
+
+
+def _is_left_over(work: pathlib.Path, spec: Spec) -> bool:
+  """Whether a folder of work has given away all that it held, and nobody works there."""
+  if not (work / 'complete.json').exists() or (work / spec.version).exists():
+    return False
+  splits = json.loads((work / 'complete.json').read_text())['splits']
+  if any((work / part['file']).exists() for parts in splits.values() for part in parts):
+    return False
+  with (work / 'lock').open('w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return False
+  return True
 
 
 def build(
