@@ -8,6 +8,7 @@ from vision_attention.models import base, reference
 _R18, _R50, _R101, _R152 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
 _HE = 'arXiv 1512.03385; top-1 of arXiv 1904.09925, Table 2'
 _SASA = 'arXiv 1906.05909, Table 1'
+_SE_SASA = 'arXiv 1709.01507 in the depths of arXiv 1906.05909; counted'
 _RS = 'arXiv 2103.07579; top-1 of github.com/tensorflow/tpu, resnet_rs'
 _VISION = 'github.com/pytorch/vision, IMAGENET1K_V1'
 _TIMM = 'github.com/huggingface/pytorch-image-models'
@@ -41,7 +42,9 @@ VARIANTS = {
   'resnet_101': _variant(_R101, 44_549_160, 7.801, 77.9, _HE),
   'resnet_152': _variant(_R152, 60_192_808, 11.514, 78.4, _HE),
   'se_resnet_18': _variant(_R18, 11_778_592, **_BASIC, **_SE),
+  'se_resnet_26': _variant((1, 2, 4, 1), 14_826_744, None, None, _SE_SASA, **_SE),
   'se_resnet_34': _variant(_R50, 21_958_868, 3.66, 74.3, _HE, **_BASIC, **_SE),
+  'se_resnet_38': _variant((2, 3, 5, 2), 21_457_384, None, None, _SE_SASA, **_SE),
   'se_resnet_50': _variant(_R50, 28_088_024, 4.09, 77.5, _HE, **_SE),
   'se_resnet_101': _variant(_R101, 49_326_872, 7.80, 78.4, _HE, **_SE),
   'se_resnet_152': _variant(_R152, 66_821_848, 11.51, 78.9, _HE, **_SE),
