@@ -180,10 +180,33 @@ def test_decoded_pixels_are_those_of_pil(kind):
   np.testing.assert_array_equal(np.asarray(preprocessing.decode(content)), expected)
 
 
-@pytest.mark.parametrize('content', [_photo()[:-200], _photo()[:300], b'no image', b''])
+def test_what_follows_a_whole_jpeg_is_no_matter():
+  content = _photo()
+  found = preprocessing.decode(content + bytes(5000))
+  np.testing.assert_array_equal(np.asarray(found), np.asarray(preprocessing.decode(content)))
+
+
+def _bomb() -> bytes:
+  """A JPEG that claims 60000 x 60000 pixels."""
+  content = bytearray(_photo())
+  frame = content.index(b'\xff\xc0')
+  content[frame + 5 : frame + 9] = (60000).to_bytes(2, 'big') * 2
+  return bytes(content)
+
+
+@pytest.mark.parametrize('content', [_photo()[:-200], _photo()[:300], b'no image', b'', _bomb()])
 def test_broken_images_are_recognised(content):
   with pytest.raises(preprocessing.CorruptImageError):
     preprocessing.decode(content)
+
+
+def test_models_are_tested_on_a_split_that_has_labels(tmp_path):
+  """As TFDS prepares ImageNet: its test images have the label -1."""
+  for label, expected in ((0, 'test'), (-1, 'validation')):
+    folder = tmp_path / expected
+    splits = {'train': [(_photo(), 0)], 'validation': [(_photo(), 1)], 'test': [(_photo(), label)]}
+    builders.write('photos', builders.Raw(splits, ['a', 'b'], (None, None, 3), ''), folder)
+    assert source.evaluation_split('photos', str(folder)) == expected
 
 
 def test_a_corrupt_record_is_named_or_counted(tmp_path):

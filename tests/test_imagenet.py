@@ -1,6 +1,7 @@
 """ImageNet and its test sets: from the official archives to what TFDS reads, image by image."""
 
 import functools
+import gzip
 import io
 import json
 import resource
@@ -218,3 +219,21 @@ def test_real_labels_are_any_number(inputs, tmp_path):
     assert original == imagenet_classes.validation_labels()[i]
     assert read[i].label == (real[i] or [-1])[0]
   assert read.class_counts().sum() == sum(map(len, real))
+
+
+@pytest.mark.parametrize('where', ['between members', 'in a header'])
+def test_a_broken_tar_is_refused_compressed_or_not(tmp_path, where):
+  """`tarfile` takes what it cannot read for the end, and the rest of the classes is gone."""
+  members = {f'n0144076{i}/a.JPEG': bytes(1000) for i in range(3)}
+  whole = archives.tar(members)
+  begins = [whole.index(name.encode()) for name in members]
+  broken = whole[: begins[1]] if where == 'between members' else bytearray(whole)
+  if where == 'in a header':
+    broken[begins[1] + 150] ^= 1  # in its checksum
+  (tmp_path / 'a.tar').write_bytes(broken)
+  (tmp_path / 'a.tar.gz').write_bytes(gzip.compress(bytes(broken)))
+  for name in ('a.tar', 'a.tar.gz'):
+    with pytest.raises(tar_files.ArchiveError):
+      list(tar_files.stream(tmp_path / name))
+  (tmp_path / 'b.tar.gz').write_bytes(gzip.compress(whole))
+  assert [m.name for m in tar_files.stream(tmp_path / 'b.tar.gz')] == list(members)

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vision_attention import errors
-from vision_attention.data import imagenet_classes, records, shards, tar_files
+from vision_attention.data import imagenet_classes, preprocessing, records, shards, tar_files
 
 TRAIN, VALIDATION = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 VARIANTS = {
@@ -68,7 +68,7 @@ def fixed(content: bytes) -> tuple[bytes, str]:
       return content, ''
     why = f'{image.format} {image.mode}'
     image = rgb_from_cmyk(image) if image.mode == 'CMYK' else image.convert('RGB')
-  except (OSError, SyntaxError, ValueError):
+  except preprocessing.UNREADABLE:
     return content, ''  # reading it says so
   buffer = io.BytesIO()
   image.save(buffer, 'JPEG', quality=100, subsampling='4:2:0')

@@ -57,6 +57,10 @@ def _resize(
   return image.resize(size, resample, box=box)
 
 
+# What PIL raises of bytes that it cannot read.
+UNREADABLE = (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError)
+
+
 class CorruptImageError(ValueError):
   """Bytes that are no whole image."""
 
@@ -69,19 +73,16 @@ def decode(content: bytes) -> Image.Image:
   """
   try:
     image = Image.open(io.BytesIO(content))
-    if image.format == 'JPEG' and image.mode in ('RGB', 'L'):
-      # OpenCV decodes the same pixels in less time, but pads a truncated file without a word.
-      if b'\xff\xd9' not in content[-1024:]:
-        raise CorruptImageError('the JPEG ends before its end marker')
+    # OpenCV decodes the same pixels in less time, but pads a truncated file without a word.
+    whole = b'\xff\xd9' in content[-1024:]
+    if image.format == 'JPEG' and image.mode in ('RGB', 'L') and whole:
       flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
       pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
       if pixels is not None:
         return Image.fromarray(np.ascontiguousarray(pixels[..., ::-1]))
     image.load()
     return image.convert('RGB')
-  except CorruptImageError:
-    raise
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, cv2.error) as error:
+  except (*UNREADABLE, cv2.error) as error:
     raise CorruptImageError(str(error)) from error
 
 

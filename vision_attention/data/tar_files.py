@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Self
 
 _BLOCK = 512
 
@@ -110,6 +110,22 @@ def inner_members(path: pathlib.Path, inner: Member) -> Iterator[Member]:
     yield from _members(window, name, inner.offset)  # pyright: ignore[reportArgumentType]
 
 
+class _Strict(tarfile.TarInfo):
+  """A header that is broken, or missing where the end mark should be, is an error.
+
+  `tarfile` takes each for the end of the archive.
+  """
+
+  @classmethod
+  def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
+    try:
+      return super().frombuf(buf, encoding, errors)
+    except tarfile.HeaderError as error:
+      if type(error).__name__ == 'EOFHeaderError':  # the end mark
+        raise
+      raise tarfile.ReadError(str(error) or 'it has no end mark') from error
+
+
 def stream(path: pathlib.Path) -> Iterator[Member]:
   """Yields the files of a .tar, .tar.gz or .zip in its order, in a compressed one with contents.
 
@@ -117,17 +133,20 @@ def stream(path: pathlib.Path) -> Iterator[Member]:
     ArchiveError: if it is truncated, corrupt or no archive.
   """
   if zipfile.is_zipfile(path):
-    with zipfile.ZipFile(path) as archive:
-      for info in archive.infolist():
-        if not info.is_dir():
-          yield Member(info.filename, info.file_size, -1, archive.read(info))
+    try:
+      with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+          if not info.is_dir():
+            yield Member(info.filename, info.file_size, -1, archive.read(info))
+    except (zipfile.BadZipFile, zlib.error) as error:
+      raise ArchiveError(f'{path} is no whole zip ({error})') from error
     return
   if not is_compressed(path):
     yield from members(path)
     return
   with gzip.open(path) as file:
     try:
-      with tarfile.open(fileobj=file, mode='r|') as tar:
+      with tarfile.open(fileobj=file, mode='r|', tarinfo=_Strict) as tar:
         for member in tar:
           if member.isfile() and (content := tar.extractfile(member)) is not None:
             yield Member(member.name, member.size, -1, content.read())
