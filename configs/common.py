@@ -148,6 +148,14 @@ def local(config: ml_collections.ConfigDict, data: str = 'digits', *, size: int 
     config.eval.every = '1 epochs'
 
 
+def timm_rand_augment(layers: int = 2, magnitude: int = 9, *, interpolation: str) -> str:
+  """Returns the operation that timm calls `rand-m9-mstd0.5-inc1`, with the crop's interpolation."""
+  return (
+    f'rand_augment({layers}, {magnitude}, prob=0.5, magnitude_std=0.5, increasing=True, '
+    f'interpolation="{interpolation}")'
+  )
+
+
 def deit_augmentation(config: ml_collections.ConfigDict, *, interpolation: str = 'bicubic') -> None:
   """Sets the augmentation of DeiT (arXiv 2012.12877, Table 9), which many later recipes share.
 
@@ -156,12 +164,12 @@ def deit_augmentation(config: ml_collections.ConfigDict, *, interpolation: str =
 
   Args:
     config: changed in place.
-    interpolation: of crops; `random` where a recipe leaves timm's default.
+    interpolation: of crops and RandAugment; `random` where a recipe leaves timm's default.
   """
   config.data.train_ops = (
     f'random_resized_crop({{size}}, area=(0.08, 1.0), interpolation="{interpolation}")',
     'flip()',
-    'rand_augment(2, 9, prob=0.5, magnitude_std=0.5, increasing=True)',
+    timm_rand_augment(interpolation=interpolation),
   )
   config.mixing.mixup_alpha = 0.8
   config.mixing.cutmix_alpha = 1.0

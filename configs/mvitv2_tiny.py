@@ -53,7 +53,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   # timm's `n6`, layers of RandAugment.
   config.data.train_ops = (
     *config.data.train_ops[:2],
-    'rand_augment(6, 9, prob=0.5, magnitude_std=0.5, increasing=True)',
+    common.timm_rand_augment(6, interpolation='bicubic'),
   )
   config.image_size = args.size or (384 if args.init else 224)
   config.data.eval_ops = ('center_crop({size}, ratio=0.875)',)

@@ -30,6 +30,7 @@ def _image(height=24, width=32, seed=0):
   return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
+MEAN = (124, 116, 104)  # round(255 * mean), as timm fills
 PIL_FORM = {
   'autocontrast': lambda i: ImageOps.autocontrast(i),
   'equalize': lambda i: ImageOps.equalize(i),
@@ -40,7 +41,7 @@ PIL_FORM = {
   'contrast': lambda i: ImageEnhance.Contrast(i).enhance(1.18),
   'brightness': lambda i: ImageEnhance.Brightness(i).enhance(1.18),
   'sharpness': lambda i: ImageEnhance.Sharpness(i).enhance(1.18),
-  'rotate': lambda i: i.rotate(18, Image.Resampling.BILINEAR, fillcolor=(128,) * 3),
+  'rotate': lambda i: i.rotate(18, Image.Resampling.BILINEAR, fillcolor=MEAN),
   'shear_x': lambda i: _affine(i, (1, 0.18, 0, 0, 1, 0)),
   'shear_y': lambda i: _affine(i, (1, 0, 0, 0.18, 1, 0)),
   'translate_x': lambda i: _affine(i, (1, 0, 0.27 * 32, 0, 1, 0)),
@@ -50,7 +51,7 @@ PIL_FORM = {
 
 def _affine(image, matrix):
   return image.transform(
-    image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(128,) * 3
+    image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=MEAN
   )
 
 
@@ -59,6 +60,17 @@ def test_timms_form_is_pils_result_at_magnitude_6(name):
   image = Image.fromarray(_image())
   found = randaugment.apply(image, name, 6, _fixed(), increasing=False)
   np.testing.assert_array_equal(np.asarray(found), np.asarray(PIL_FORM[name](image)))
+
+
+def test_moves_take_the_crops_filter_and_the_color_of_the_recipe():
+  image = Image.fromarray(_image())
+  found = randaugment.apply(
+    image, 'rotate', 6, _fixed(), False, fill=(1, 2, 3), interpolation='bicubic'
+  )
+  expected = image.rotate(18, Image.Resampling.BICUBIC, fillcolor=(1, 2, 3))
+  np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+  with pytest.raises(ValueError, match=r"interpolation 'cubic' is unknown: did you mean 'bicubic'"):
+    preprocessing.parse('rand_augment(2, 9, interpolation="cubic")')
 
 
 @pytest.mark.parametrize(

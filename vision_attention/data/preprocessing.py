@@ -277,8 +277,11 @@ def rand_augment(
   magnitude_std: float = 0.0,
   max_magnitude: float = randaugment.MAX_LEVEL,
   increasing: bool = False,
+  fill: tuple[int, int, int] = randaugment.FILL,
+  interpolation: str = 'random',
 ) -> Op:
   """RandAugment; see `data.randaugment`."""
+  errors.check_choice('interpolation', interpolation, randaugment.INTERPOLATIONS)
   if magnitude > max_magnitude:
     raise ValueError(
       f'rand_augment would bound magnitude {magnitude} at {max_magnitude}: pass max_magnitude='
@@ -295,6 +298,8 @@ def rand_augment(
       magnitude_std=magnitude_std,
       max_magnitude=max_magnitude,
       increasing=increasing,
+      fill=fill,
+      interpolation=interpolation,
       moved=trace.move,
     )
 

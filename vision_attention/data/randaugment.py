@@ -11,8 +11,10 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 MAX_LEVEL = 10.0
-FILL = (128, 128, 128)
-_RESAMPLES = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+# ImageNet's mean, as timm rounds it: what moves into an image.
+FILL = (124, 116, 104)
+_RESAMPLES = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
+INTERPOLATIONS = (*_RESAMPLES, 'random')
 Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
 # Where pixel (x, y) comes from: (a x + b y + c, d x + e y + f), corners of pixels being integers.
 Matrix = tuple[float, float, float, float, float, float]
@@ -144,6 +146,9 @@ def apply(
   rng: np.random.Generator,
   increasing: bool,
   moved: Callable[..., None] | None = None,
+  *,
+  fill: tuple[int, int, int] = FILL,
+  interpolation: str = 'random',
 ) -> Image.Image:
   """Applies one operation by name at a magnitude in tenths; tells `moved` the matrix of a move."""
   level = magnitude / MAX_LEVEL
@@ -153,9 +158,11 @@ def apply(
   matrix = _MOVES[name](image.size, level, rng)
   if moved is not None:
     moved(*matrix)
-  resample = _RESAMPLES[rng.integers(len(_RESAMPLES))]
+  if interpolation == 'random':
+    interpolation = tuple(_RESAMPLES)[rng.integers(len(_RESAMPLES))]
+  resample = _RESAMPLES[interpolation]
   return image.transform(
-    image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=FILL
+    image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=tuple(fill)
   )
 
 
@@ -169,6 +176,8 @@ def rand_augment(
   magnitude_std: float = 0.0,
   max_magnitude: float = MAX_LEVEL,
   increasing: bool = False,
+  fill: tuple[int, int, int] = FILL,
+  interpolation: str = 'random',
   moved: Callable[..., None] | None = None,
 ) -> Image.Image:
   """Applies `layers` random operations to an RGB image.
@@ -182,6 +191,9 @@ def rand_augment(
     magnitude_std: standard deviation of Gaussian noise on the magnitude.
     max_magnitude: bound on the magnitude; timm's default is 10.
     increasing: whether a larger magnitude always is a stronger change (timm's `inc1`).
+    fill: color of what moves into the image; in timm the mean by which the recipe normalises.
+    interpolation: of moves, `bilinear`, `bicubic` or `random`, one of both; in timm that of the
+      recipe's crop.
     moved: is told the six numbers of every move, see `Matrix`.
   """
   for index in rng.integers(len(NAMES), size=layers):
@@ -189,5 +201,14 @@ def rand_augment(
       continue
     level = magnitude if magnitude_std == 0 else rng.normal(magnitude, magnitude_std)
     level = float(np.clip(level, 0, max_magnitude))
-    image = apply(image, NAMES[index], level, rng, increasing, moved)
+    image = apply(
+      image,
+      NAMES[index],
+      level,
+      rng,
+      increasing,
+      moved,
+      fill=fill,
+      interpolation=interpolation,
+    )
   return image
