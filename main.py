@@ -19,7 +19,7 @@ config_flags.DEFINE_config_file(
   'config', None, 'Config file, with arguments after a colon.', lock_config=True
 )
 flags.DEFINE_string(
-  'workdir', None, 'Folder of the run, also gs://...; runs/<name of the config> by default.'
+  'workdir', None, 'Folder of the run, also gs://...; runs/<config>-<its arguments> by default.'
 )
 flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'dry_run'], 'What to do.')
 flags.mark_flag_as_required('config')
@@ -31,7 +31,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     rest = FLAGS(argv)
   except flags.Error as error:
     errors.refuse(str(error).strip().splitlines()[-1].removeprefix('ValueError: '))
-  except AttributeError as error:
+  except (AttributeError, KeyError) as error:
     # An unknown key of the config: what was meant stands in the last line of the first cause.
     cause = error.args[0] if error.args else error
     errors.refuse(f'unknown config key: {str(getattr(cause, "args", [cause])[0]).splitlines()[-1]}')
@@ -57,8 +57,7 @@ def main(argv: list[str]) -> None:
   errors.run(lambda: sharding.join_processes(mesh.join_seconds, mesh.heartbeat_seconds))
   if config.compile_cache and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(config.compile_cache))
-  name = pathlib.Path(config_flags.get_config_filename(FLAGS['config']).partition(':')[0]).stem
-  where = FLAGS.workdir or f'runs/{name}'
+  where = FLAGS.workdir or folders.of_config(config_flags.get_config_filename(FLAGS['config']))
   if FLAGS.mode == 'dry_run':
     errors.run(lambda: train.dry_run(config))
   elif FLAGS.mode == 'eval':

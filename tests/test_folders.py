@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import ml_collections
@@ -18,6 +19,21 @@ INSIDE = RUN.removeprefix('gs://')
 
 def _text(store, name):
   return store.objects[f'{INSIDE}/{name}'][0].decode()
+
+
+def test_runs_of_other_arguments_have_other_folders():
+  assert folders.of_config('configs/coatnet0.py') == 'runs/coatnet0'
+  assert folders.of_config('configs/a.py:variant=b,size=384') == 'runs/a-variant=b,size=384'
+  assert folders.of_config('a.py:init=gs://b/c d') == 'runs/a-init=gs_b_c_d'
+  # No documented command starts from the folder that it would train in.
+  root = pathlib.Path(__file__).parents[1]
+  texts = [path.read_text() for path in (root / 'README.md', *(root / 'configs').glob('*.py'))]
+  commands = [c for text in texts for c in re.findall(r'main\.py --config=(\S+)(.*)', text)]
+  assert len(commands) > 40
+  for config, rest in commands:
+    start = re.search(r'init=([^,\s]+)', config)
+    if start and '--workdir' not in rest:
+      assert folders.of_config(config) != start[1], config
 
 
 def test_a_folder_is_a_path_or_in_a_bucket(store):

@@ -50,6 +50,16 @@ def folder(path: str | os.PathLike) -> Folder:
   return epath.Path(text)
 
 
+def of_config(text: str) -> str:
+  """Returns the folder of a run that is given none, `runs/<config>`, by its config and arguments.
+
+  Other arguments are another run: `configs/vit_b16.py:init=runs/a` has `runs/vit_b16-init=runs_a`.
+  """
+  path, _, arguments = text.partition(':')
+  name = '-'.join(filter(None, (pathlib.Path(path).stem, arguments)))
+  return 'runs/' + re.sub(r'[^\w=,.-]+', '_', name)
+
+
 def is_bucket(path: str | os.PathLike) -> bool:
   """Whether a path lies in a bucket."""
   return os.fspath(path).startswith('gs://')

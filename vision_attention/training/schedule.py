@@ -26,7 +26,7 @@ def steps(duration: str, *, num_examples: int, batch_size: int) -> int:
     value = math.nan
   unit = unit.strip()
   unit = unit if unit.endswith('s') else unit + 's'
-  if unit not in UNITS or not value >= 0:
+  if unit not in UNITS or not 0 <= value < math.inf:
     raise ValueError(
       f"duration {duration!r} does not read like '300 epochs', '10_000 steps' or '1e6 examples'"
     )
