@@ -291,9 +291,7 @@ def refuse_existing(spec: Spec, data_dir: pathlib.Path, overwrite: bool) -> None
   target = spec.folder(data_dir)
   if target.exists() and not overwrite:
     work = target.parent / f'.{spec.version}.unfinished'
-    if _is_left_over(work, spec):
-      shutil.rmtree(work)  # a kill came between the last two steps
-    elif work.exists():
+    if work.exists() and not _cleared(work, spec):
       raise FileExistsError(
         f'{target} exists, and {work} is what is done of its replacement: go on with that by '
         '--overwrite, or delete it'
@@ -301,18 +299,23 @@ def refuse_existing(spec: Spec, data_dir: pathlib.Path, overwrite: bool) -> None
     raise FileExistsError(f'{target} exists: pass --overwrite to replace it')
 
 
-def _is_left_over(work: pathlib.Path, spec: Spec) -> bool:
-  """Whether a folder of work has given away all that it held, and nobody works there."""
-  if not (work / 'complete.json').exists() or (work / spec.version).exists():
-    return False
-  splits = json.loads((work / 'complete.json').read_text())['splits']
-  if any((work / part['file']).exists() for parts in splits.values() for part in parts):
+def _cleared(work: pathlib.Path, spec: Spec) -> bool:
+  """Removes a folder of work that has given away all that it held, if nobody works there.
+
+  A kill came between the last two steps of `build`.
+  """
+  if not (work / 'complete.json').exists():
     return False
   with (work / 'lock').open('w') as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       return False
+    splits = json.loads((work / 'complete.json').read_text())['splits']
+    parts = [work / part['file'] for parts in splits.values() for part in parts]
+    if (work / spec.version).exists() or any(path.exists() for path in parts):
+      return False
+    shutil.rmtree(work)
   return True
 
 
@@ -374,5 +377,5 @@ def build(
       shutil.rmtree(target)
     folder.rename(target)
     _sync(target.parent)
-  shutil.rmtree(work)
+    shutil.rmtree(work)
   return target
