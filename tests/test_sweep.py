@@ -72,6 +72,7 @@ def test_commas_within_brackets_belong_to_a_value():
     (['a=1,2', 'a=3'], [], 'a is given twice'),
     (['optimizer.b1=1', 'config.optimizer.b1=2'], [], 'config.optimizer.b1 is given twice'),
     ([], [['a=1,2', 'b=1,2,3']], 'a has 2, b has 3'),
+    ([], [['a=1,2', 'a=3,4']], 'a is given twice'),
   ],
 )
 def test_what_cannot_be_meant_is_refused(grid, zipped, message):
@@ -256,7 +257,8 @@ def test_random_search_draws_within_its_ranges_and_the_same_again():
   drawn = sweep.draw(ranges, 400, seed=1)
   assert drawn == sweep.draw(ranges, 400, seed=1)
   assert drawn[:7] == sweep.draw(ranges, 7, seed=1)
-  assert [v['a.lr'] for v in drawn] == [v['a.lr'] for v in sweep.draw(ranges[:1], 400, seed=1)]
+  alone = sweep.draw(ranges[:1], 50, seed=1)
+  assert [v['a.lr'] for v in drawn[:50]] == [v['a.lr'] for v in alone]
   assert drawn != sweep.draw(ranges, 400, seed=2)
   rates = sorted(float(v['a.lr']) for v in drawn)
   assert 1e-4 <= rates[0] < 2e-4
@@ -274,13 +276,34 @@ def test_random_search_draws_within_its_ranges_and_the_same_again():
   [
     ('lr=log(0,1)', 'above 0'),
     ('lr=uniform(2,1)', 'must be less'),
+    ('lr=log(1e-4,inf)', 'both finite'),
+    ('depth=integer(0.5,0.9)', 'must be whole'),
+    ('m=choice(se,eca)', 'gave 2 different runs, not 3'),
     ('lr=normal(0,1)', 'does not read like'),
     ('lr=log(1)', 'two numbers'),
   ],
 )
 def test_ranges_that_cannot_be_drawn_from_are_refused(text, message):
   with pytest.raises(ValueError, match=message):
-    sweep.draw([text], 1, seed=0)
+    sweep.draw([text], 3, seed=0)
+
+
+def test_every_value_of_a_small_range_is_drawn_once():
+  drawn = sweep.draw(['a.m=choice(se,eca,cbam)', 'b=integer(0,1)'], 6, seed=0)
+  assert len({tuple(row.items()) for row in drawn}) == 6
+
+
+def test_a_script_of_nothing_is_not_left_to_be_sent_again(monkeypatch, tmp_path, capsys):
+  script = tmp_path / 'scripts' / 'a.sh'
+  arguments = ['--config=c.py', f'--workdir={tmp_path / "my sweep"}', f'--slurm={script}']
+  assert sweep.main(arguments) == 0
+  assert f"#SBATCH --output='{tmp_path}/my sweep/slurm-%A_%a.txt'" in script.read_text()
+  monkeypatch.setattr(sweep, 'is_done', lambda job: True)
+  assert sweep.main(arguments) == 1
+  assert not script.exists()
+  assert 'nothing is left to run' in capsys.readouterr().err
+  assert sweep.main([*arguments, '--seeds=-1']) == 2
+  assert '--seeds -1 must be at least 1' in capsys.readouterr().err
 
 
 def test_lines_for_a_tpu_vm_run_the_job_there(capsys):
@@ -292,5 +315,5 @@ def test_lines_for_a_tpu_vm_run_the_job_there(capsys):
   assert words[:6] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', 'pod']
   assert words[6:9] == ['--zone=us-central2-b', '--project=lab', '--worker=all']
   inside = words[9].removeprefix('--command=').removeprefix('cd vision_attention && ')
-  assert shlex.split(inside)[:2] == ['python', 'main.py']
+  assert shlex.split(inside)[:2] == ['.venv/bin/python', 'main.py']
   assert '--config.a.b=(3, 4)' in shlex.split(inside)

@@ -9,15 +9,17 @@ interrupted goes on, so that the same line may be given again.
 
 A key with a dot is a value of the config (`optimizer.learning_rate=1e-3,3e-3`), any other an
 argument after the config's colon. The keys of one `--zip` change together. Values with commas
-stand in brackets. `--random 20 --range optimizer.learning_rate=log(1e-4,1e-2)` draws 20 runs; a
-range is log(low,high), uniform(low,high), integer(low,high) or choice(a,b,...), and `--draw` the
-seed of the draw. `--gcloud=<TPU VM>` prints the lines that start each run on all its workers.
-Whatever begins with `--config.` goes to every run. `tools/collect.py` makes a table of the results.
+stand in brackets. `--random 20 --range 'optimizer.learning_rate=log(1e-4,1e-2)'` draws 20
+different runs; a range is log(low,high), uniform(low,high), integer(low,high) or choice(a,b,...),
+and `--draw` the seed of the draw. `--gcloud=<TPU VM>` prints the lines that start each run on all
+its workers. Whatever begins with `--config.` goes to every run. `tools/collect.py` makes a table of
+the results.
 """
 
 import argparse
 import dataclasses
 import itertools
+import math
 import pathlib
 import random
 import re
@@ -26,7 +28,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from vision_attention import runs
+from vision_attention import folders, runs
 
 COMMAND = 'command.txt'
 PREEMPTED = 143  # how main.py leaves after it saved on SIGTERM
@@ -37,7 +39,7 @@ _OPENING, _CLOSING = '([{', ')]}'
 class Job:
   """One run: its folder and the command that makes it."""
 
-  workdir: pathlib.Path
+  workdir: folders.Folder
   command: tuple[str, ...]
 
   def __str__(self) -> str:
@@ -76,9 +78,9 @@ def draw(ranges: Iterable[str], count: int, seed: int) -> list[dict[str, str]]:
     seed: of the draw; more runs of a seed begin with those of fewer.
 
   Raises:
-    ValueError: for a range that cannot be read.
+    ValueError: for a range that cannot be read, or that has not as many values.
   """
-  drawn: list[dict[str, str]] = [{} for _ in range(count)]
+  values_of: dict[str, Callable[[], str]] = {}
   for text in ranges:
     match = re.fullmatch(r'([\w.]+)=(\w+)\((.*)\)', text)
     if match is None or match[2] not in ('log', 'uniform', 'integer', 'choice'):
@@ -86,7 +88,7 @@ def draw(ranges: Iterable[str], count: int, seed: int) -> list[dict[str, str]]:
         f'{text!r} does not read like key=log(1e-4,1e-2), uniform, integer or choice'
       )
     key, kind, inside = match.groups()
-    # A generator of the key's own: other ranges beside it change nothing.
+    # A generator of the key's own: other ranges beside it change nothing, until a run repeats.
     rng = random.Random(f'{seed} {key}')
     if kind == 'choice':
       values = parse_axis(f'{key}={inside}')[1]
@@ -96,26 +98,36 @@ def draw(ranges: Iterable[str], count: int, seed: int) -> list[dict[str, str]]:
         low, high = map(float, inside.split(','))
       except ValueError:
         raise ValueError(f'{text!r} needs two numbers in its brackets') from None
-      if not low < high or (kind == 'log' and low <= 0):
+      if not -math.inf < low < high < math.inf or (kind == 'log' and low <= 0):
         raise ValueError(
-          f'{text!r}: the first number must be less{" and above 0" * (kind == "log")}'
+          f'{text!r}: the first number must be less{" and above 0" * (kind == "log")}, both finite'
         )
+      if kind == 'integer' and not (low.is_integer() and high.is_integer()):
+        raise ValueError(f'{text!r}: both numbers must be whole')
       if kind == 'integer':
         of = lambda rng=rng, low=low, high=high: str(rng.randint(int(low), int(high)))
       elif kind == 'log':
         of = lambda rng=rng, low=low, high=high: f'{low * (high / low) ** rng.random():.4g}'
       else:
         of = lambda rng=rng, low=low, high=high: f'{rng.uniform(low, high):.4g}'
-    for values_of_run in drawn:
-      if key in values_of_run:
-        raise ValueError(f'{key} is given twice')
-      values_of_run[key] = of()
+    if key in values_of:
+      raise ValueError(f'{key} is given twice')
+    values_of[key] = of
+  drawn: list[dict[str, str]] = []
+  for _ in range(1000 * count):
+    if len(drawn) == count:
+      break
+    row = {key: of() for key, of in values_of.items()}
+    if row not in drawn:
+      drawn.append(row)
+  if len(drawn) < count:
+    raise ValueError(f'the ranges gave {len(drawn)} different runs, not {count}: draw no more')
   return drawn
 
 
 def gcloud_line(job: Job, name: str, options: Sequence[str], folder: str) -> str:
   """Returns the line that starts a run on all workers of a TPU VM, from the project in `folder`."""
-  inside = f'cd {folder} && {job}'
+  inside = f'cd {shlex.quote(folder)} && {job}'
   command = ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', name, *options, '--worker=all']
   return shlex.join([*command, f'--command={inside}'])
 
@@ -135,22 +147,28 @@ def expand(
     drawn: values that change together, of `draw`.
 
   Raises:
-    ValueError: for an axis that cannot be read, zipped axes of different lengths, or a key twice.
+    ValueError: for an axis that cannot be read, zipped axes of different lengths, a key twice, or
+      fewer than no seeds.
   """
+  if seeds < 0:
+    raise ValueError(f'--seeds {seeds} must be at least 1, or 0 for that of the config')
   axes = [[{key: value} for value in values] for key, values in map(parse_axis, grid)]
+  keys = [_full(key) for axis in axes for key in axis[0]]
   for group in zipped:
     parsed = [parse_axis(text) for text in group]
     lengths = {len(values) for _, values in parsed}
     if len(lengths) > 1:
       counts = ', '.join(f'{key} has {len(values)}' for key, values in parsed)
       raise ValueError(f'zipped keys must have as many values as each other: {counts}')
+    keys += [_full(key) for key, _ in parsed]
     rows = zip(*(values for _, values in parsed), strict=True)
     axes.append([{key: v for (key, _), v in zip(parsed, row, strict=True)} for row in rows])
   if drawn:
     axes.append(list(drawn))
+    keys += [_full(key) for key in drawn[0]]
   if seeds:
     axes.append([{'config.seed': str(seed)} for seed in range(seeds)])
-  keys = [_full(key) for axis in axes for key in axis[0]]
+    keys.append('config.seed')
   if repeated := sorted({key for key in keys if keys.count(key) > 1}):
     raise ValueError(f'{", ".join(repeated)} is given twice')
   return [
@@ -174,7 +192,7 @@ def folder_name(values: Mapping[str, str]) -> str:
 
 def jobs(
   config: str,
-  workdir: pathlib.Path,
+  workdir: folders.Folder,
   values: Sequence[Mapping[str, str]],
   overrides: Sequence[str] = (),
   python: str = 'python',
@@ -184,10 +202,6 @@ def jobs(
   Raises:
     ValueError: if two of them would get the same folder.
   """
-  if ':/' in str(workdir):
-    raise ValueError(
-      f'--workdir {workdir} is no folder: mount the bucket and name the folder there'
-    )
   made = []
   for mine in values:
     arguments = [f'{key}={value}' for key, value in mine.items() if '.' not in key]
@@ -199,9 +213,9 @@ def jobs(
     command = [python, 'main.py', f'--config={path}{":" if text else colon}{text}', *overrides]
     command += [f'--{_full(key)}={value}' for key, value in mine.items() if '.' in key]
     made.append(Job(folder, (*command, f'--workdir={folder}')))
-  folders = [job.workdir for job in made]
-  if len(set(folders)) < len(made):
-    twice = next(folder for folder in folders if folders.count(folder) > 1)
+  places = [job.workdir for job in made]
+  if len(set(places)) < len(made):
+    twice = next(place for place in places if places.count(place) > 1)
     raise ValueError(f'two runs would lie in {twice}: give them keys of different names')
   return made
 
@@ -243,7 +257,7 @@ def _call(job: Job) -> int:
     return subprocess.run(job.command, stdout=log, stderr=subprocess.STDOUT).returncode
 
 
-def slurm_script(todo: Sequence[Job], workdir: pathlib.Path) -> str:
+def slurm_script(todo: Sequence[Job], workdir: folders.Folder) -> str:
   """Returns a job array for `sbatch`, a run per task.
 
   Slurm's SIGTERM, two minutes before the end of the allotted time, reaches the run, which saves and
@@ -253,7 +267,7 @@ def slurm_script(todo: Sequence[Job], workdir: pathlib.Path) -> str:
   return f"""#!/bin/bash
 #SBATCH --job-name={re.sub('[^A-Za-z0-9_.-]', '_', workdir.name) or 'sweep'}
 #SBATCH --array=0-{len(todo) - 1}
-#SBATCH --output={workdir}/slurm-%A_%a.txt
+#SBATCH --output={shlex.quote(f'{workdir}/slurm-%A_%a.txt')}
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
@@ -282,7 +296,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   parser.add_argument('--config', required=True, help='as main.py takes it')
-  parser.add_argument('--workdir', required=True, type=pathlib.Path, help='folder of all runs')
+  parser.add_argument(
+    '--workdir', required=True, help='folder of all runs, for --gcloud also gs://...'
+  )
   parser.add_argument('--grid', nargs='+', action='extend', default=[], metavar='KEY=V1,V2')
   parser.add_argument('--zip', nargs='+', action='append', default=[], metavar='KEY=V1,V2')
   parser.add_argument('--seeds', type=int, default=0, help='number of seeds, from 0')
@@ -303,17 +319,31 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     drawn = draw(args.range, args.random, args.draw)
     values = expand(args.grid, args.zip, args.seeds, drawn)
-    python = sys.executable if args.run or args.slurm else 'python'
-    found = jobs(args.config, args.workdir, values, rest, python)
+    # On a TPU VM as scripts/run_tpu.sh installs it.
+    python = '.venv/bin/python' if args.gcloud else 'python'
+    workdir = folders.folder(args.workdir)
+    if folders.is_bucket(workdir) and (args.run or args.slurm):
+      raise ValueError(
+        f'--workdir {args.workdir} lies in a bucket, which takes no logs: mount it and name the '
+        'folder there'
+      )
+    python = sys.executable if args.run or args.slurm else python
+    found = jobs(args.config, workdir, values, rest, python)
     todo = [job for job in found if not is_done(job)]
   except ValueError as error:
     print(error, file=sys.stderr)
     return 2
   print(f'# {len(found)} runs, {len(found) - len(todo)} of them finished')
   if args.slurm and todo:
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    args.slurm.write_text(slurm_script(todo, args.workdir))
+    folders.make(workdir)
+    args.slurm.parent.mkdir(parents=True, exist_ok=True)
+    args.slurm.write_text(slurm_script(todo, workdir))
     print(f'sbatch {args.slurm}')
+  elif args.slurm:
+    # An old script would run again what is finished.
+    args.slurm.unlink(missing_ok=True)
+    print('nothing is left to run', file=sys.stderr)
+    return 1
   elif args.run:
     failed = run(todo, _call)
     for job in failed:
