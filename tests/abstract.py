@@ -1,5 +1,6 @@
 """Variables of models without computing them: shapes, counts, and numbers drawn in their place."""
 
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,14 @@ def variables(name: str, **options: Any) -> dict[str, Any]:
   """Returns the shapes and types of a model's variables."""
   with typed.unchecked():
     return convert.abstract_variables(*va.create_model(name, **options))
+
+
+def features(name: str, image_size: int | tuple[int, int], **options: Any) -> dict[str, Any]:
+  """Returns the shapes and types of a model's features, of two images."""
+  model, info = va.create_model(name, image_size=image_size, **options)
+  images = jax.ShapeDtypeStruct((2, *info.image_size, 3), np.float32)
+  apply = functools.partial(model.apply, method='features')
+  return jax.eval_shape(apply, convert.abstract_variables(model, info), images)
 
 
 def size(tree_of_shapes: Any) -> int:

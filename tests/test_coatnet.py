@@ -302,10 +302,8 @@ def test_pooling_rounds_up_and_pads_with_nothing(height, width):
 @pytest.mark.parametrize('size', [(64, 96), (75, 50), (33, 31), (1, 17)])
 @pytest.mark.parametrize('stride_in', mbconv.STRIDES)
 def test_maps_are_halved_and_rounded_up(size, stride_in):
-  model, info = va.create_model('coatnet_0', image_size=size, stride_in=stride_in, **TINY)
-  shapes = convert.abstract_variables(model, info)
-  images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
-  features = jax.eval_shape(functools.partial(model.apply, method='features'), shapes, images)
+  features = abstract.features('coatnet_0', size, stride_in=stride_in, **TINY)
+  shapes = abstract.variables('coatnet_0', image_size=size, stride_in=stride_in, **TINY)
   for i in range(1, 5):
     sides = tuple(-(-side // 2 ** (i + 1)) for side in size)
     assert features[f'stage{i}'].shape == (2, *sides, TINY['dims'][i - 1])

@@ -86,7 +86,7 @@ def test_any_image_size_of_a_patch_and_more_is_taken(size, last):
 def test_options_that_cannot_be_are_refused():
   with pytest.raises(ValueError, match=r'31x64, of which 4 stages leave no pixel: .* is 32'):
     abstract.variables('convnext_tiny', image_size=(31, 64))
-  with pytest.raises(ValueError, match='the nearest are 5 and 7'):
+  with pytest.raises(ValueError, match='kernel_size 6 has no centre: pass 7 or 5'):
     va.create_model('convnext_tiny', kernel_size=6)
   with pytest.raises(ValueError, match='one entry per stage'):
     va.create_model('convnext_tiny', depths=(1, 1))

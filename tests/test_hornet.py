@@ -158,7 +158,7 @@ def test_options_that_cannot_be_are_refused():
     va.create_model('hornet_tiny_7x7', num_heads=(1, 2))
   with pytest.raises(ValueError, match='global_stages'):
     va.create_model('hornet_tiny_7x7', global_stages=(5,))
-  with pytest.raises(ValueError, match='the nearest are 5 and 7'):
+  with pytest.raises(ValueError, match='kernel_size 6 has no centre: pass 7 or 5'):
     abstract.variables('hornet_tiny_7x7', kernel_size=6)
   with pytest.raises(ValueError, match="spatial 'gf' is unknown"):
     abstract.variables('vit_s16', pool='gap', attn={'name': 'gnconv', 'spatial': 'gf'})

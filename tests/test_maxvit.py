@@ -280,10 +280,7 @@ def test_window_policies():
 @pytest.mark.parametrize('size', [(32, 32), (33, 61), (5, 3), (70, 18)])
 @pytest.mark.parametrize('policy', maxvit.POLICIES)
 def test_any_image_size_is_taken(size, policy):
-  model, info = va.create_model('maxvit_tiny', image_size=size, window_policy=policy, **TINY)
-  shapes = convert.abstract_variables(model, info)
-  images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
-  features = jax.eval_shape(functools.partial(model.apply, method='features'), shapes, images)
+  features = abstract.features('maxvit_tiny', size, window_policy=policy, **TINY)
   for i, stride in ((1, 4), (2, 8)):
     assert features[f'stage{i}'].shape[1:3] == tuple(-(-side // stride) for side in size)
 

@@ -145,10 +145,10 @@ def test_pairs_that_make_no_sense_are_refused_with_the_reason():
   ('spec', 'message'),
   [
     ({'name': 'halo', 'stride': 3}, 'stride 3 of halo attention must be 1 or 2'),
-    ({'name': 'pooling', 'kernel_size': 2}, 'kernel_size 2 has no centre: the nearest are 1 and 3'),
+    ({'name': 'pooling', 'kernel_size': 2}, 'kernel_size 2 has no centre: pass 3 or 1'),
     (
       {'name': 'convolutional_projection', 'kernel': 4},
-      'kernel 4 has no centre: the nearest are 3 and 5',
+      'kernel 4 has no centre: pass 5 or 3',
     ),
   ],
 )

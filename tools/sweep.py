@@ -5,7 +5,8 @@
 
 prints a command for each of the 18 runs. `--run` runs them here instead, one after the other, and
 `--slurm=modules.sh` writes a script for `sbatch`. What is finished is left out, and what was
-interrupted goes on, so that the same line may be given again.
+interrupted goes on, so that the same line may be given again; when nothing is left, the script is
+removed and the exit code is 1.
 
 A key with a dot is a value of the config (`optimizer.learning_rate=1e-3,3e-3`), any other an
 argument after the config's colon. The keys of one `--zip` change together. Values with commas
@@ -319,15 +320,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     drawn = draw(args.range, args.random, args.draw)
     values = expand(args.grid, args.zip, args.seeds, drawn)
-    # On a TPU VM as scripts/run_tpu.sh installs it.
-    python = '.venv/bin/python' if args.gcloud else 'python'
     workdir = folders.folder(args.workdir)
     if folders.is_bucket(workdir) and (args.run or args.slurm):
       raise ValueError(
         f'--workdir {args.workdir} lies in a bucket, which takes no logs: mount it and name the '
         'folder there'
       )
-    python = sys.executable if args.run or args.slurm else python
+    if args.run or args.slurm:
+      python = sys.executable
+    else:
+      # On a TPU VM as scripts/run_tpu.sh installs it.
+      python = '.venv/bin/python' if args.gcloud else 'python'
     found = jobs(args.config, workdir, values, rest, python)
     todo = [job for job in found if not is_done(job)]
   except ValueError as error:

@@ -126,13 +126,13 @@ class Manager:
   def score(self, step: int, metrics: Mapping[str, float]) -> None:
     """Gives a checkpoint the scores of an evaluation that ended after it was saved."""
     folder = self._folder / str(step) / 'metrics'
-    if not folder.exists():
-      if jax.process_index() == 0:
-        folders.make(folder)
-        folders.write(folder / 'metrics', json.dumps(dict(metrics)))
-      if jax.process_count() > 1:
-        multihost_utils.sync_global_devices('a checkpoint has its scores')
-      self._manager.reload()
+    if jax.process_index() == 0 and not folder.exists():
+      folders.make(folder)
+      folders.write(folder / 'metrics', json.dumps(dict(metrics)))
+    if jax.process_count() > 1:
+      # Not only where it is missing: the first may have written it before another looks.
+      multihost_utils.sync_global_devices('a checkpoint has its scores')
+    self._manager.reload()
 
   def restore(self, step: int, state: Any, window: Any) -> tuple[Any, Any]:
     """Restores into shapes with shardings (`ShapeDtypeStruct`s), bit for bit.

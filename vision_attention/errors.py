@@ -27,6 +27,13 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
     raise ValueError(f'{what} {value!r} is unknown: {nearest(value, allowed)}')
 
 
+def check_odd(what: str, side: int) -> None:
+  """Raises ValueError for a window that has no centre, with the nearest that have one."""
+  if side < 1 or side % 2 == 0:
+    less = f' or {side - 1}' if side > 1 else ''
+    raise ValueError(f'{what} {side} has no centre: pass {max(side + 1, 1)}{less}')
+
+
 def refuse(message: str, code: int = REFUSED) -> NoReturn:
   """Ends the process with a message and an exit code."""
   # In one piece, and on a line of its own where a library's thread has begun one.

@@ -25,7 +25,9 @@ def count_macs(
   form counts, which has the products that the mathematics has, or what `ops.cost` declares.
 
   Args:
-    model: a model of `create_model`, counted for one image in inference; or any function.
+    model: a model of `create_model`, counted for one image in inference; or any function, but
+      neither a gradient nor one that `vmap` has batched, in which a cost that is declared counts as
+      it was declared.
     *args: the function's arguments, arrays or shapes.
     image_size: of the model's image.
     channels: of the model's image.

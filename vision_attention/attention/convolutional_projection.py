@@ -67,11 +67,7 @@ class ConvolutionalProjectionAttention(nn.Module):
       raise ValueError(
         f'{self.num_heads} heads do not divide width {self.dim}: pass a divisor or head_dim'
       )
-    if self.kernel % 2 == 0:
-      raise ValueError(
-        f'kernel {self.kernel} has no centre: the nearest are {self.kernel - 1} and '
-        f'{self.kernel + 1}'
-      )
+    errors.check_odd('kernel', self.kernel)
     if self.projection == 'linear' and self.stride > 1:
       raise ValueError("a linear projection has no stride: pass stride=1 or projection='conv'")
     head_dim = self.head_dim or self.dim // self.num_heads

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vision_attention import errors
 from vision_attention.attention import halo
 from vision_attention.layers import conv, initializers
 from vision_attention.ops import convolution, ghost_attention
@@ -137,8 +138,7 @@ class EnhancedLocalAttention(nn.Module):
       raise ValueError(
         f'{self.num_heads} heads do not divide width {self.dim}: pass a divisor or head_dim'
       )
-    if self.kernel < 1 or self.kernel % 2 == 0:
-      raise ValueError(f'kernel {self.kernel} has no centre: pass {self.kernel + 1}')
+    errors.check_odd('kernel', self.kernel)
     if self.mul_power != int(self.mul_power) or self.mul_power < 0:
       raise ValueError(
         f'mul_power {self.mul_power} of factors that may be negative or zero must be a whole '

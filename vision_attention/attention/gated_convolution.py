@@ -105,11 +105,7 @@ class RecursiveGatedConv(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b h w d']:
     errors.check_choice('spatial', self.spatial, SPATIAL)
-    if self.kernel_size % 2 == 0:
-      raise ValueError(
-        f'kernel_size {self.kernel_size} has no centre: the nearest are {self.kernel_size - 1} and '
-        f'{self.kernel_size + 1}'
-      )
+    errors.check_odd('kernel_size', self.kernel_size)
     dims = widths(self.dim, self.order)
     types: dict[str, Any] = {
       'kernel_init': self.kernel_init,

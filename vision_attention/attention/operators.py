@@ -113,7 +113,7 @@ def takes(spec: ModuleDef, field: str) -> bool:
 
 def has_field(spec: ModuleDef, field: str) -> bool:
   """Whether an operator or module has a field that is not bound yet."""
-  return field in _fields(spec) and field not in getattr(spec, 'keywords', {})
+  return takes(spec, field) and field not in getattr(spec, 'keywords', {})
 
 
 def trait(spec: ModuleDef, name: str, default: Any) -> Any:

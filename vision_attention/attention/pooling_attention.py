@@ -152,11 +152,7 @@ class PoolingAttention(nn.Module):
 
   def _check(self) -> None:
     errors.check_choice('padding', self.padding, ('mask', 'attend'))
-    if self.kernel_size % 2 == 0:
-      raise ValueError(
-        f'kernel_size {self.kernel_size} has no centre: the nearest are {self.kernel_size - 1} and '
-        f'{self.kernel_size + 1}'
-      )
+    errors.check_odd('kernel_size', self.kernel_size)
     if self.window is None:
       return
     if self.size is not None:

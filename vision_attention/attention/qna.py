@@ -118,8 +118,7 @@ class QueryAndAttend(nn.Module):
   def _check(self) -> int:
     """Returns the width of a head; see the attributes for what is refused."""
     errors.check_choice('scale', self.scale, SCALES)
-    if self.kernel % 2 == 0 or self.kernel < 1:
-      raise ValueError(f'kernel {self.kernel} has no centre: pass {self.kernel + 1}')
+    errors.check_odd('kernel', self.kernel)
     if self.stride > 1 and self.upsample > 1:
       raise ValueError(
         f'stride {self.stride} and upsample {self.upsample} undo each other: pass one of them'

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vision_attention import errors
 from vision_attention.attention import acmix
 from vision_attention.layers import norm
 from vision_attention.ops import vector_attention
@@ -54,8 +55,7 @@ class VectorAttention(nn.Module):
         f'width {self.dim} must be a multiple of 4 and of share={self.share}, the channels that '
         'share a weight'
       )
-    if self.kernel % 2 == 0:
-      raise ValueError(f'kernel {self.kernel} has no centre: pass {self.kernel + 1}')
+    errors.check_odd('kernel', self.kernel)
     query = self._dense('query', self.dim // 4)(x)
     key = self._dense('key', self.dim // 4)(x)
     value = self._dense('value', self.dim)(x)

@@ -165,12 +165,11 @@ def evaluation_split(name: str, data_dir: str | None = None) -> str:
     ValueError: if it has none.
   """
   there = splits(name, data_dir)
-  for split in ('test', 'validation'):
-    # TFDS's ImageNet has test images too, whose labels nobody has published.
-    if split in there and not (
-      'validation' in there[there.index(split) + 1 :] and Source(name, split, data_dir)[0].label < 0
-    ):
-      return split
+  # TFDS's ImageNet has test images too, whose labels nobody has published.
+  if 'validation' in there and ('test' not in there or Source(name, 'test', data_dir)[0].label < 0):
+    return 'validation'
+  if 'test' in there:
+    return 'test'
   raise ValueError(f'{name} has no split test or validation: it has {", ".join(there)}')
 
 

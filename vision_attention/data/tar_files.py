@@ -120,9 +120,9 @@ class _Strict(tarfile.TarInfo):
   def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
     try:
       return super().frombuf(buf, encoding, errors)
+    except tarfile.EOFHeaderError:  # the end mark  # pyright: ignore[reportAttributeAccessIssue]
+      raise
     except tarfile.HeaderError as error:
-      if type(error).__name__ == 'EOFHeaderError':  # the end mark
-        raise
       raise tarfile.ReadError(str(error) or 'it has no end mark') from error
 
 

@@ -22,8 +22,7 @@ class DropPath(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, 'b *rest'], *, train: bool) -> Float[Array, 'b *rest']:
     if isinstance(self.rate, float | int):
-      if not 0.0 <= self.rate < 1.0:
-        raise ValueError(f'drop_path {self.rate} is not in [0, 1)')
+      _check(self.rate)
       if self.rate == 0.0:
         return x
     if not train:
@@ -31,6 +30,11 @@ class DropPath(nn.Module):
     shape = (x.shape[0],) + (1,) * (x.ndim - 1)
     keep = jax.random.bernoulli(self.make_rng('dropout'), 1.0 - self.rate, shape)
     return jnp.where(keep, x / jnp.asarray(1.0 - self.rate, x.dtype), jnp.zeros_like(x))
+
+
+def _check(rate: float) -> None:
+  if not 0 <= rate < 1:
+    raise ValueError(f'drop_path {rate} is not in [0, 1)')
 
 
 def linear_rates(rate: float, depths: Sequence[int], *, last: bool = True) -> list[list[float]]:
@@ -45,8 +49,7 @@ def linear_rates(rate: float, depths: Sequence[int], *, last: bool = True) -> li
   Raises:
     ValueError: for a rate outside of [0, 1).
   """
-  if not 0 <= rate < 1:
-    raise ValueError(f'drop_path {rate} is not in [0, 1)')
+  _check(rate)
   total = sum(depths)
   steps = max(total - 1, 1) if last else total
   flat = iter(range(total))

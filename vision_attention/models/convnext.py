@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vision_attention import errors
 from vision_attention.attention import operators
 from vision_attention.layers import (
   conv,
@@ -121,11 +122,7 @@ def build(
   counts = tuple(max(1, dim // 32) for dim in dims) if num_heads is None else tuple(num_heads)
   if not len(depths) == len(dims) == len(counts):
     raise ValueError(f'{depths=}, {dims=} and num_heads={counts} must have one entry per stage')
-  if kernel_size % 2 == 0:
-    raise ValueError(
-      f'kernel_size {kernel_size} has no centre: the nearest are {kernel_size - 1} and '
-      f'{kernel_size + 1}'
-    )
+  errors.check_odd('kernel_size', kernel_size)
   types: dict[str, Any] = {'dtype': dtype, 'param_dtype': param_dtype}
   layer = functools.partial(
     conv.Conv, padding='symmetric', use_bias=True, kernel_init=INIT, **types

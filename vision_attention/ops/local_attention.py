@@ -88,8 +88,7 @@ def centred(
   Raises:
     ValueError: for an even kernel.
   """
-  if kernel % 2 == 0 or kernel < 1:
-    raise ValueError(f'kernel {kernel} has no centre: pass {kernel + 1}')
+  errors.check_odd('kernel', kernel)
   height, width = (-(-n // -(-n // block)) for n in size)
   return Neighbourhood((height, width), kernel // 2, kernel, 1, mask_padding)
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vision_attention import errors
+
 
 class Windows(NamedTuple):
   """Square windows around every `step`-th pixel along either axis, from the first.
@@ -36,8 +38,7 @@ def windows(kernel: int, step: int) -> Windows:
   Raises:
     ValueError: for an even kernel, or one that leaves pixels between the windows.
   """
-  if kernel < 1 or kernel % 2 == 0:
-    raise ValueError(f'kernel {kernel} has no centre: pass {kernel + 1}')
+  errors.check_odd('kernel', kernel)
   if not 1 <= step <= kernel:
     raise ValueError(f'step {step} leaves pixels between windows of {kernel}: pass 1 to {kernel}')
   return Windows(kernel, step)

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from vision_attention import errors
 from vision_attention.ops import cost
 from vision_attention.ops.local_attention import flatten
 
@@ -172,8 +173,7 @@ def reflected_attention_weights(
 
 
 def _check(query: jax.Array, key: jax.Array, kernel: int, stride: int) -> None:
-  if kernel < 1 or kernel % 2 == 0:
-    raise ValueError(f'kernel {kernel} has no centre: pass {kernel + 1}')
+  errors.check_odd('kernel', kernel)
   expected = tuple(-(-n // stride) for n in key.shape[1:3])
   if query.shape[1:3] != expected:
     raise ValueError(
