@@ -31,10 +31,15 @@ _DECAYED = ('/kernel$', '(classifier|query|key|value|proj)/bias$', '_offsets$')
 _DECAYED_BASELINE = ('/kernel$', '(classifier|squeeze|excite)/bias$')
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg, variant='aa_resnet_50', data='imagenet2012', batch=0, augmented=True, local=False
-  )
+@common.takes(
+  variant='aa_resnet_50',
+  data='imagenet2012',
+  batch=0,
+  augmented=True,
+  local=False,
+  variants=('aa_*', 'resnet_*', 'se_resnet_*', 'wide_resnet_28_10'),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
@@ -120,9 +125,7 @@ def _mnasnet(
   return config
 
 
-def _local(
-  config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
-) -> ml_collections.ConfigDict:
+def _local(config: ml_collections.ConfigDict, args: common.Arguments) -> ml_collections.ConfigDict:
   """Attention over 4x4 positions, interpolated to 8x8, and over 4x4."""
   common.local(config, args.data, size=16)
   config.model.options = {

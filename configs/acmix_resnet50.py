@@ -21,10 +21,15 @@ import ml_collections
 from configs import common
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg, variant='acmix_resnet_50', data='imagenet2012', batch=128, epochs=90, local=False
-  )
+@common.takes(
+  variant='acmix_resnet_50',
+  data='imagenet2012',
+  batch=128,
+  epochs=90,
+  local=False,
+  variants=('acmix_resnet_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
@@ -52,9 +57,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   return config
 
 
-def _local(
-  config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
-) -> ml_collections.ConfigDict:
+def _local(config: ml_collections.ConfigDict, args: common.Arguments) -> ml_collections.ConfigDict:
   """Mixed on 12x12 and 6x6 positions."""
   common.local(config, args.data, size=12)
   config.model.options = {'depths': (1, 1), 'width': 16, 'stem': 'small', 'kernel': 5}

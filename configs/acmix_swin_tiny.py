@@ -20,8 +20,10 @@ from configs import common
 _DROP_PATH = {'acmix_swin_tiny': 0.2, 'acmix_swin_small': 0.3}
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(arg, variant='acmix_swin_tiny', data='imagenet2012', local=False)
+@common.takes(
+  variant='acmix_swin_tiny', data='imagenet2012', local=False, variants=('acmix_swin_*',)
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:

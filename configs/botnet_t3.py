@@ -39,16 +39,16 @@ _T = {
 _PLAIN = ('botnet_50', 'botnet_101', 'botnet_152', 'botnet_200', 'resnet_50')
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    variant='botnet_t3',
-    data='imagenet2012',
-    last_stride=0,
-    epochs=0,
-    silu=False,
-    local=False,
-  )
+@common.takes(
+  variant='botnet_t3',
+  data='imagenet2012',
+  last_stride=0,
+  epochs=0,
+  silu=False,
+  local=False,
+  variants=('botnet_*', 'resnet_50'),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
@@ -103,7 +103,7 @@ def _family_t(config: ml_collections.ConfigDict, variant: str) -> None:
   _augment(config, magnitude)
 
 
-def _plain(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _plain(config: ml_collections.ConfigDict, args: common.Arguments) -> None:
   """The ablation's schedules; epochs, batch and weight decay are from memory, unverified."""
   if args.epochs not in (0, 100, 200):
     raise ValueError(f'epochs={args.epochs} must be 100 (standard) or 200 (improved)')

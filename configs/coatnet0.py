@@ -43,18 +43,18 @@ _CROP = 'random_resized_crop({size}, area=(0.05, 1.0))'
 _RAND_AUGMENT = 'rand_augment_tpu(2, {magnitude})'
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    variant='coatnet_0',
-    data='imagenet2012',
-    size=0,
-    init='',
-    pretrained='1k',
-    augment=False,
-    epochs=0,
-    local=False,
-  )
+@common.takes(
+  variant='coatnet_0',
+  data='imagenet2012',
+  size=0,
+  init='',
+  pretrained='1k',
+  augment=False,
+  epochs=0,
+  local=False,
+  variants=('coatnet_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
@@ -95,7 +95,7 @@ def _augment(config: ml_collections.ConfigDict, magnitude: int) -> None:
   config.data.train_ops = (_CROP, 'flip()', _RAND_AUGMENT.replace('{magnitude}', str(magnitude)))
 
 
-def _train(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _train(config: ml_collections.ConfigDict, args: common.Arguments) -> None:
   """ImageNet-1k, column 1."""
   rate = _table(_DROP_PATH_1K, args.variant, 'training on ImageNet-1k')
   config.model.options = {'drop_path': rate}
@@ -113,7 +113,7 @@ def _train(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -
 
 
 def _pretrain_21k(
-  config: ml_collections.ConfigDict, args: ml_collections.ConfigDict, rate: float | None = None
+  config: ml_collections.ConfigDict, args: common.Arguments, rate: float | None = None
 ) -> None:
   """ImageNet-21k, column 3; with the `rate` of stochastic depth of another column's."""
   if rate is None:
@@ -134,7 +134,7 @@ def _pretrain_21k(
     _augment(config, 5)
 
 
-def _pretrain_jft(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _pretrain_jft(config: ml_collections.ConfigDict, args: common.Arguments) -> None:
   """JFT-300M, column 5."""
   _pretrain_21k(config, args, _table(_DROP_PATH_JFT, args.variant, 'pre-training on JFT'))
   config.total = '14 epochs'
@@ -145,7 +145,7 @@ def _pretrain_jft(config: ml_collections.ConfigDict, args: ml_collections.Config
   _augment(config, 5)
 
 
-def _fine_tune(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _fine_tune(config: ml_collections.ConfigDict, args: common.Arguments) -> None:
   """ImageNet-1k at a higher resolution, columns 2, 4 and 6."""
   source = common.pretrained(args, ('1k', '21k', 'jft'))
   from_1k = source == '1k'
@@ -170,7 +170,7 @@ def _fine_tune(config: ml_collections.ConfigDict, args: ml_collections.ConfigDic
 
 
 def _local(
-  config: ml_collections.ConfigDict, data: str, args: ml_collections.ConfigDict
+  config: ml_collections.ConfigDict, data: str, args: common.Arguments
 ) -> ml_collections.ConfigDict:
   """Small enough for a laptop, with every part of the real recipe in it."""
   common.local(config, data)

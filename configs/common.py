@@ -5,8 +5,10 @@ starts, so that an override of the batch size moves them along. `{size}` in a da
 for `image_size`.
 """
 
+import dataclasses
 import difflib
-from collections.abc import Sequence
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -31,19 +33,45 @@ DATASETS = {
 }
 
 
-def parse_arg(
-  arg: str, *, with_local: Sequence[str] = ('data',), **defaults: Any
-) -> ml_collections.ConfigDict:
+class Arguments:
+  """What stands after a config's colon, with defaults for the rest, as attributes.
+
+  It notes which were read: one that a user gave and that no part of the recipe reads would be
+  dropped without a word.
+  """
+
+  def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]):
+    self._values = dict(values)
+    self._unread = {key for key, value in values.items() if value != defaults[key]}
+
+  def __getattr__(self, name: str) -> Any:
+    if name.startswith('_') or name not in self._values:
+      raise AttributeError(name)
+    self._unread.discard(name)
+    return self._values[name]
+
+  def check_read(self) -> None:
+    """Raises ValueError where an argument was given that the recipe has no use for."""
+    if self._unread:
+      given = ', '.join(f'{key}={self._values[key]}' for key in sorted(self._unread))
+      raise ValueError(
+        f'config argument {given} changes nothing in the recipe that the other arguments choose: '
+        "leave it out, or give what it goes with (the config's docstring says)"
+      )
+
+
+def parse_arg(arg: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
   """Reads `key=value,key=value` after a config's colon; `key` alone means `key=True`.
 
   Args:
     arg: the text after the colon.
-    with_local: what may be other than its default where `local` is given, which is a model and
-      recipe of its own.
-    **defaults: every allowed key with its default, whose type the value takes.
+    defaults: every allowed key with its default, whose type the value takes.
+
+  Returns:
+    The defaults with what was given in place of theirs.
 
   Raises:
-    ValueError: for an unknown key, a value of another type, or one that `local` would not heed.
+    ValueError: for an unknown key, or a value of another type.
   """
   values = dict(defaults)
   for item in filter(None, (arg or '').split(',')):
@@ -62,29 +90,75 @@ def parse_arg(
       raise ValueError(f'config argument {key}={text!r} is not a {kind.__name__}') from None
     if kind is not bool and not given:
       raise ValueError(f'config argument {key!r} needs a value: {key}=...')
-  if values.get('local'):
-    for key in values.keys() - {'local', *with_local}:
-      if values[key] != defaults[key]:
-        raise ValueError(
-          f'local is a model and recipe of its own: only {", ".join(with_local)} goes with it, not '
-          f'{key}={values[key]!r}'
-        )
-  return ml_collections.ConfigDict(values)
+  return values
 
 
-def pretrained(args: ml_collections.ConfigDict, allowed: Sequence[str] = ('1k', '21k')) -> str:
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """A config's `get_config`, of the text after the config's colon; see `takes`."""
+
+  build: Callable[[Arguments], ml_collections.ConfigDict]
+  defaults: Mapping[str, Any]
+  with_local: Sequence[str]
+  variants: Sequence[str]
+
+  def __call__(self, arg: str = '') -> ml_collections.ConfigDict:
+    """Returns the config that the arguments give.
+
+    Raises:
+      ValueError: for an unknown argument, a value of another type, a model of another family, or
+        an argument without effect.
+    """
+    values = parse_arg(arg, self.defaults)
+    if values.get('local'):
+      for key in values.keys() - {'local', *self.with_local}:
+        if values[key] != self.defaults[key]:
+          raise ValueError(
+            'local is a model and recipe of its own: only '
+            f'{", ".join(self.with_local)} goes with it, not {key}={values[key]!r}'
+          )
+    variant = values.get('variant', '')
+    if not any(fnmatch.fnmatchcase(variant, pattern) for pattern in self.variants):
+      raise ValueError(
+        f'config argument variant={variant!r} is not of this recipe, which has '
+        f'{", ".join(self.variants)}: take the config of its family, or train it by this recipe '
+        f'with --config.model.name={variant}'
+      )
+    args = Arguments(values, self.defaults)
+    config = self.build(args)
+    args.check_read()
+    return config
+
+
+def takes(
+  *, with_local: Sequence[str] = ('data',), variants: Sequence[str] = ('*',), **defaults: Any
+) -> Callable[[Callable[[Arguments], ml_collections.ConfigDict]], Recipe]:
+  """Decorates a config's function of its arguments, which then takes the text after the colon.
+
+  Args:
+    with_local: what may be other than its default where `local` is given, which is a model and
+      recipe of its own.
+    variants: patterns of models that the recipe is of.
+    **defaults: every allowed argument with its default, whose type the value takes.
+  """
+  return lambda build: Recipe(build, defaults, with_local, variants)
+
+
+def pretrained(args: Arguments, allowed: Sequence[str] = ('1k', '21k')) -> str:
   """Returns what the weights in `init` were trained on: the argument `pretrained`.
 
   Some papers count the 21,841 classes of ImageNet-21k as 22k: both names mean the same.
 
   Raises:
-    ValueError: for something else than a recipe knows.
+    ValueError: for something else than a recipe knows, or without `init`.
   """
   name = '21k' if args.pretrained == '22k' else args.pretrained
   if name not in allowed:
     raise ValueError(
       f'config argument pretrained={args.pretrained!r} must be {" or ".join(allowed)}'
     )
+  if name != allowed[0] and not args.init:
+    raise ValueError(f'config argument pretrained={args.pretrained!r} goes with init, its weights')
   return name
 
 

@@ -30,16 +30,16 @@ import ml_collections
 from configs import common
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    with_local=('data', 'variant'),
-    variant='conv_attention_quadratic',
-    data='cifar10',
-    init='',
-    literal=False,
-    local=False,
-  )
+@common.takes(
+  with_local=('data', 'variant'),
+  variant='conv_attention_quadratic',
+  data='cifar10',
+  init='',
+  literal=False,
+  local=False,
+  variants=('conv_attention_*', 'resnet_18'),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   baseline = args.variant == 'resnet_18'
@@ -94,9 +94,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   return config
 
 
-def _local(
-  config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
-) -> ml_collections.ConfigDict:
+def _local(config: ml_collections.ConfigDict, args: common.Arguments) -> ml_collections.ConfigDict:
   """Nine heads over 8x8 positions."""
   if args.variant == 'resnet_18':
     raise ValueError('local is for conv_attention_*')

@@ -52,16 +52,16 @@ _DROP_PATH_TUNE = {
 }
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    variant='convnext_tiny',
-    data='imagenet2012',
-    size=0,
-    init='',
-    pretrained='1k',
-    local=False,
-  )
+@common.takes(
+  variant='convnext_tiny',
+  data='imagenet2012',
+  size=0,
+  init='',
+  pretrained='1k',
+  local=False,
+  variants=('convnext_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:

@@ -37,8 +37,10 @@ _STEPS = {
 }
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(arg, variant='cvt_13', data='imagenet2012', size=0, init='', local=False)
+@common.takes(
+  variant='cvt_13', data='imagenet2012', size=0, init='', local=False, variants=('cvt_*',)
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
@@ -77,7 +79,7 @@ def _train(config: ml_collections.ConfigDict, weight_decay: float) -> None:
   config.eval.every = '5 epochs'
 
 
-def _fine_tune(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _fine_tune(config: ml_collections.ConfigDict, args: common.Arguments) -> None:
   """At another resolution or on other data, with steps and batch of the paper.
 
   It gives neither the learning rate, which is the default of the code, nor the schedule, weight

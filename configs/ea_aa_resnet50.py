@@ -22,17 +22,17 @@ from configs import common
 _MEAN = (123.68, 116.78, 103.94)
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    with_local=('data', 'alpha', 'beta'),
-    variant='ea_aa_resnet_50',
-    data='imagenet2012',
-    batch=256,
-    alpha=1.0,
-    beta=0.5,
-    local=False,
-  )
+@common.takes(
+  with_local=('data', 'alpha', 'beta'),
+  variant='ea_aa_resnet_50',
+  data='imagenet2012',
+  batch=256,
+  alpha=1.0,
+  beta=0.5,
+  local=False,
+  variants=('ea_aa_resnet_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   options = {'alpha': args.alpha, 'beta': args.beta}

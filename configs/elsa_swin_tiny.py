@@ -20,8 +20,8 @@ from configs import common
 _DROP_PATH = {'elsa_swin_tiny': 0.1, 'elsa_swin_small': 0.3, 'elsa_swin_base': 0.5}
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(arg, variant='elsa_swin_tiny', data='imagenet2012', local=False)
+@common.takes(variant='elsa_swin_tiny', data='imagenet2012', local=False, variants=('elsa_swin_*',))
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:

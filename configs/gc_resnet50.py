@@ -27,16 +27,16 @@ import ml_collections
 from configs import common
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    with_local=('data', 'variant'),
-    variant='gc_resnet_50',
-    data='imagenet2012',
-    batch=256,
-    init='',
-    local=False,
-  )
+@common.takes(
+  with_local=('data', 'variant'),
+  variant='gc_resnet_50',
+  data='imagenet2012',
+  batch=256,
+  init='',
+  local=False,
+  variants=('gc_resnet_*', 'nl_resnet_*'),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
@@ -65,9 +65,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   return config
 
 
-def _local(
-  config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
-) -> ml_collections.ConfigDict:
+def _local(config: ml_collections.ConfigDict, args: common.Arguments) -> ml_collections.ConfigDict:
   """Maps of 16x16, 8x8 and 4x4 positions; context blocks in the last two stages."""
   if args.variant not in ('gc_resnet_50', 'nl_resnet_50'):
     raise ValueError('local is for gc_resnet_50 and nl_resnet_50')

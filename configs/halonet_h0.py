@@ -44,20 +44,20 @@ _SIZES = {
 _SMALL = ('halonet_h0', 'halonet_h1', 'halonet_h2', 'halonet_50')
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    variant='halonet_h0',
-    data='imagenet2012',
-    epochs=0,
-    batch=0,
-    conv=0,
-    base=64,
-    stem='7x7',
-    init='',
-    size=0,
-    local=False,
-  )
+@common.takes(
+  variant='halonet_h0',
+  data='imagenet2012',
+  epochs=0,
+  batch=0,
+  conv=0,
+  base=64,
+  stem='7x7',
+  init='',
+  size=0,
+  local=False,
+  variants=('halonet_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
@@ -99,7 +99,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 
 def _fine_tune(
-  config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
+  config: ml_collections.ConfigDict, args: common.Arguments
 ) -> ml_collections.ConfigDict:
   """By BiT's rule for large data sets: 20,000 steps of 512 images are 8 epochs."""
   config.init.path = args.init
@@ -122,9 +122,7 @@ def _fine_tune(
   return config
 
 
-def _local(
-  config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
-) -> ml_collections.ConfigDict:
+def _local(config: ml_collections.ConfigDict, args: common.Arguments) -> ml_collections.ConfigDict:
   """Small enough for a laptop; 8x8 maps of two blocks by two, then one block."""
   common.local(config, args.data)
   config.model.options = {

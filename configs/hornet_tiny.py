@@ -44,10 +44,15 @@ _RECIPES_TUNE = {
 }
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg, variant='hornet_tiny_7x7', data='imagenet2012', size=0, init='', local=False
-  )
+@common.takes(
+  variant='hornet_tiny_7x7',
+  data='imagenet2012',
+  size=0,
+  init='',
+  local=False,
+  variants=('hornet_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:

@@ -20,10 +20,10 @@ import ml_collections
 from configs import common
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg, variant='lesa_resnet_50', data='imagenet2012', batch=128, local=False
-  )
+@common.takes(
+  variant='lesa_resnet_50', data='imagenet2012', batch=128, local=False, variants=('lesa_*',)
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
@@ -48,9 +48,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   return config
 
 
-def _local(
-  config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
-) -> ml_collections.ConfigDict:
+def _local(config: ml_collections.ConfigDict, args: common.Arguments) -> ml_collections.ConfigDict:
   """Attention over 8x8 positions in the last of three stages."""
   common.local(config, args.data, size=16)
   config.total = '12 epochs'

@@ -26,17 +26,17 @@ import ml_collections
 from configs import common
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    variant='levit_128s',
-    data='imagenet2012',
-    teacher='',
-    teacher_name='resnetrs50',
-    teacher_source='',
-    epochs=1000,
-    local=False,
-  )
+@common.takes(
+  variant='levit_128s',
+  data='imagenet2012',
+  teacher='',
+  teacher_name='resnetrs50',
+  teacher_source='',
+  epochs=1000,
+  local=False,
+  variants=('levit_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:

@@ -49,17 +49,17 @@ _DROP_PATH_TUNE_JFT = {'maxvit_base': 0.1, 'maxvit_large': 0.2, 'maxvit_xlarge':
 _CROP = 'random_resized_crop({size}, area=(0.08, 1.0))'
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    variant='maxvit_tiny',
-    data='imagenet2012',
-    size=0,
-    init='',
-    pretrained='1k',
-    layout='',
-    local=False,
-  )
+@common.takes(
+  variant='maxvit_tiny',
+  data='imagenet2012',
+  size=0,
+  init='',
+  pretrained='1k',
+  layout='',
+  local=False,
+  variants=('maxvit_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:

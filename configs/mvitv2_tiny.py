@@ -28,16 +28,16 @@ from configs import common
 _DROP_PATH = {'tiny': 0.1, 'small': 0.1, 'base': 0.3, 'large': 0.5, 'huge': 0.8}
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    variant='mvitv2_tiny',
-    data='imagenet2012',
-    size=0,
-    init='',
-    pretrained='1k',
-    local=False,
-  )
+@common.takes(
+  variant='mvitv2_tiny',
+  data='imagenet2012',
+  size=0,
+  init='',
+  pretrained='1k',
+  local=False,
+  variants=('mvitv2_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:

@@ -53,10 +53,15 @@ _WEIGHT_DECAY_TUNE = {
 }
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg, variant='nat_tiny', data='imagenet2012', size=0, init='', local=False
-  )
+@common.takes(
+  variant='nat_tiny',
+  data='imagenet2012',
+  size=0,
+  init='',
+  local=False,
+  variants=('nat_*', 'dinat_*'),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:

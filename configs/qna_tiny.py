@@ -27,10 +27,10 @@ from configs import common
 _DROP_PATH = {'qna_tiny': 0.05, 'qna_tiny_7x7': 0.05, 'qna_small': 0.2, 'qna_base': 0.5}
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg, variant='qna_tiny', data='imagenet2012', size=0, init='', local=False
-  )
+@common.takes(
+  variant='qna_tiny', data='imagenet2012', size=0, init='', local=False, variants=('qna_*',)
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:

@@ -34,17 +34,17 @@ _RS = {
 }
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    variant='resnet_50',
-    recipe='tpu',
-    size=0,
-    data='imagenet2012',
-    epochs=0,
-    batch=0,
-    smoothing=0.0,
-  )
+@common.takes(
+  variant='resnet_50',
+  recipe='tpu',
+  size=0,
+  data='imagenet2012',
+  epochs=0,
+  batch=0,
+  smoothing=0.0,
+  variants=('resnet*', 'wide_resnet_*', 'se_resnet_*'),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   if args.recipe not in ('tpu', 'garden'):
     raise ValueError(f'config argument recipe={args.recipe!r} must be tpu or garden')
   config = common.get_config()
@@ -79,9 +79,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   return config
 
 
-def _rs(
-  config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
-) -> ml_collections.ConfigDict:
+def _rs(config: ml_collections.ConfigDict, args: common.Arguments) -> ml_collections.ConfigDict:
   sizes = _RS[args.variant]
   config.image_size = args.size or sizes[-1]
   if config.image_size not in sizes:

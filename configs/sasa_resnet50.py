@@ -32,24 +32,24 @@ import ml_collections
 from configs import common
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    with_local=('data', 'stem'),
-    variant='sasa_resnet_50',
-    data='imagenet2012',
-    epochs=130,
-    batch=4096,
-    stem='conv',
-    conv='',
-    kernel=7,
-    position='relative',
-    content=True,
-    width=1.0,
-    held_out=False,
-    smoothing=0.0,
-    local=False,
-  )
+@common.takes(
+  with_local=('data', 'stem'),
+  variant='sasa_resnet_50',
+  data='imagenet2012',
+  epochs=130,
+  batch=4096,
+  stem='conv',
+  conv='',
+  kernel=7,
+  position='relative',
+  content=True,
+  width=1.0,
+  held_out=False,
+  smoothing=0.0,
+  local=False,
+  variants=('sasa_*', 'resnet_*'),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:
@@ -84,7 +84,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   return config
 
 
-def _ablation(args: ml_collections.ConfigDict) -> dict[str, Any]:
+def _ablation(args: common.Arguments) -> dict[str, Any]:
   """Returns the options of the model that the tables of ablations vary."""
   if not set(args.conv) <= set('1234'):
     raise ValueError(f'config argument conv={args.conv!r} must be stages of 1234, such as 12')
@@ -98,9 +98,7 @@ def _ablation(args: ml_collections.ConfigDict) -> dict[str, Any]:
   }
 
 
-def _local(
-  config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
-) -> ml_collections.ConfigDict:
+def _local(config: ml_collections.ConfigDict, args: common.Arguments) -> ml_collections.ConfigDict:
   """Small enough for a laptop."""
   common.local(config, args.data)
   config.model.options = {

@@ -26,21 +26,20 @@ FOLDS = 5
 _DEMONSTRATIONS = ('digits', 'fashion_mnist')
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    with_local=('data', 'module', 'variant', 'fold', 'seed', 'weights', 'epochs', 'init', 'source'),
-    module='none',
-    variant='resnet_18',
-    data='ham10000',
-    fold=0,
-    seed=0,
-    weights='inverse',
-    init='',
-    source='',
-    epochs=60,
-    local=False,
-  )
+@common.takes(
+  with_local=('data', 'module', 'variant', 'fold', 'seed', 'weights', 'epochs', 'init', 'source'),
+  module='none',
+  variant='resnet_18',
+  data='ham10000',
+  fold=0,
+  seed=0,
+  weights='inverse',
+  init='',
+  source='',
+  epochs=60,
+  local=False,
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.seed = args.seed
   config.model.name = args.variant
@@ -54,11 +53,11 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   return config
 
 
-def _module(args: ml_collections.ConfigDict) -> str | None:
+def _module(args: common.Arguments) -> str | None:
   return None if args.module == 'none' else args.module
 
 
-def _ham10000(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _ham10000(config: ml_collections.ConfigDict, args: common.Arguments) -> None:
   if not -1 <= args.fold < FOLDS:
     raise ValueError(f'config argument fold={args.fold} must be 0 to {FOLDS - 1}, or -1 for none')
   if args.fold < 0:
@@ -99,10 +98,14 @@ def _ham10000(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
   config.eval.every = '5 epochs'
 
 
-def _demonstrate(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _demonstrate(config: ml_collections.ConfigDict, args: common.Arguments) -> None:
   """A small network on small images, by the classes' weights and metrics of the real protocol."""
   if args.init or args.source or args.fold:
     raise ValueError('init, source and fold go with ham10000: the demonstration has none of them')
+  if args.data not in ('ham10000', *_DEMONSTRATIONS):
+    raise ValueError(
+      f'config argument data={args.data!r} must be {" or ".join(_DEMONSTRATIONS)} of a demonstration'
+    )
   common.local(config, args.data if args.data in _DEMONSTRATIONS else 'digits', size=16)
   config.model.options = {
     'module': _module(args),

@@ -27,16 +27,16 @@ _DROP_PATH_1K = {'swin_tiny': 0.2, 'swin_small': 0.3, 'swin_base': 0.5}
 _DROP_PATH_22K = {'swin_tiny': 0.1, 'swin_small': 0.2, 'swin_base': 0.2, 'swin_large': 0.2}
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    variant='swin_tiny',
-    data='imagenet2012',
-    size=0,
-    init='',
-    pretrained='1k',
-    local=False,
-  )
+@common.takes(
+  variant='swin_tiny',
+  data='imagenet2012',
+  size=0,
+  init='',
+  pretrained='1k',
+  local=False,
+  variants=('swin_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:

@@ -47,20 +47,20 @@ _AUGREG = {
 _CROP = 'random_resized_crop({size}, area=(0.05, 1.0), interpolation="bilinear")'
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    variant='vit_b16',
-    data='imagenet2012',
-    augment='',
-    decay=0.1,
-    regularize=False,
-    epochs=0,
-    init='',
-    size=0,
-    rate=0.03,
-    steps=20_000,
-  )
+@common.takes(
+  variant='vit_b16',
+  data='imagenet2012',
+  augment='',
+  decay=0.1,
+  regularize=False,
+  epochs=0,
+  init='',
+  size=0,
+  rate=0.03,
+  steps=20_000,
+  variants=('vit_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   common.use_data(config, args.data)
   config.model.name = args.variant
@@ -88,7 +88,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   return config
 
 
-def _original(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _original(config: ml_collections.ConfigDict, args: common.Arguments) -> None:
   """Table 3; which loss stands there for many labels is not said: a sigmoid of each."""
   if args.data == 'jft300m':
     if args.variant not in _JFT:
@@ -115,9 +115,13 @@ def _original(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
     config.schedule.kind = 'cosine'
 
 
-def _augreg(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _augreg(config: ml_collections.ConfigDict, args: common.Arguments) -> None:
   if args.augment not in _AUGREG:
     raise ValueError(f'augment={args.augment!r} is none of {", ".join(_AUGREG)}')
+  if args.data.startswith('jft'):
+    raise ValueError(
+      f'augment={args.augment!r} is for ImageNet-1k and -21k, not data={args.data!r}'
+    )
   rand_augment, config.mixing.mixup_alpha = _AUGREG[args.augment]
   if rand_augment:
     layers, magnitude = rand_augment
@@ -133,7 +137,7 @@ def _augreg(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
     config.model.options.update({'dropout': 0.1, 'drop_path': 0.1})
 
 
-def _scaled(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _scaled(config: ml_collections.ConfigDict, args: common.Arguments) -> None:
   """ViT-g and -G, by the authors' code (github.com/google-research/big_vision).
 
   There is no class token and no layer before the classifier, whose weights decay a hundredfold.
@@ -156,7 +160,7 @@ def _scaled(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
   config.eval.every = '10_000 steps'
 
 
-def _fine_tune(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+def _fine_tune(config: ml_collections.ConfigDict, args: common.Arguments) -> None:
   """Appendix B.1.1; the default rate and warm-up are those of the authors' code."""
   config.init.path = args.init
   config.batch_size = 512

@@ -20,18 +20,18 @@ import ml_collections
 from configs import common
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    epochs=90,
-    variant='vit_s16',
-    data='imagenet2012',
-    batch=1024,
-    augment=True,
-    position='sincos2d',
-    pool='gap',
-    pre_logits=True,
-  )
+@common.takes(
+  epochs=90,
+  variant='vit_s16',
+  data='imagenet2012',
+  batch=1024,
+  augment=True,
+  position='sincos2d',
+  pool='gap',
+  pre_logits=True,
+  variants=('vit_*',),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   common.use_data(config, args.data)
   config.model.name = args.variant

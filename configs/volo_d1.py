@@ -41,19 +41,19 @@ _RECIPES = {
 }
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  args = common.parse_arg(
-    arg,
-    variant='volo_d1',
-    data='imagenet2012',
-    maps='',
-    teacher='',
-    teacher_name='convnext_large',
-    teacher_source='',
-    init='',
-    size=0,
-    local=False,
-  )
+@common.takes(
+  variant='volo_d1',
+  data='imagenet2012',
+  maps='',
+  teacher='',
+  teacher_name='convnext_large',
+  teacher_source='',
+  init='',
+  size=0,
+  local=False,
+  variants=('volo_*', 'elsa_volo_*'),
+)
+def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   if args.local:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import coatnet0, common, conv_attention_quadratic, resnet50, vit_s16
+from configs import coatnet0, common, conv_attention_quadratic, resnet50, vit_b16, vit_s16
 from tests import compilation, launcher
 from vision_attention import planning
 from vision_attention.training import optimizer, schedule, state
@@ -250,6 +250,8 @@ def test_every_recipe_takes_a_step(name, arg):
     ('size=384,pretrained=jtf', "pretrained='jtf' must be 1k or 21k or jft"),
     ('augment', 'augment goes with coatnet_4'),
     ('local,size=64', 'local is a model and recipe of its own'),
+    ('variant=swin_tiny', r"'swin_tiny' is not of this recipe.*coatnet_.*--config.model.name="),
+    ('size=384,pretrained=21k', "pretrained='21k' goes with init"),
     (
       'data=imagenet21k/winter21',
       'say data=imagenet21k, and --config.data.name=',
@@ -259,6 +261,14 @@ def test_every_recipe_takes_a_step(name, arg):
 def test_arguments_that_are_refused(arg, message):
   with pytest.raises(ValueError, match=message):
     coatnet0.get_config(arg)
+
+
+@pytest.mark.fast
+def test_an_argument_without_effect_is_refused():
+  with pytest.raises(ValueError, match=r'rate=0\.01, steps=500 changes nothing'):
+    vit_b16.get_config('steps=500,rate=0.01')
+  # The default, even when it is given, asks for nothing.
+  assert vit_b16.get_config('rate=0.03').total == vit_b16.get_config().total
 
 
 @pytest.mark.fast

@@ -134,6 +134,43 @@ def test_every_variant_has_a_recipe_or_a_reason(name):
   assert len(set(arguments)) == len(arguments)
 
 
+def _other(key: str, default) -> object:
+  """Another value than an argument's default, of its type."""
+  match default:
+    case bool():
+      return not default
+    case int():
+      return default + 8 if default else 96
+    case float():
+      return default + 0.25
+  names = {'data': 'imagenet21k', 'pretrained': '21k'}
+  return names.get(key, 'of_a_user')
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('name', [*recipes.names(), 'skin_lesions'])
+def test_no_argument_is_dropped(name):
+  """Whatever else is given, an argument changes the config or is refused."""
+  get_config = importlib.import_module(f'configs.{name}').get_config
+  settings = recipes.settings(name) if name in recipes.names() else ()
+  # One variant of every published setting.
+  bases = {setting.name: setting.arguments for setting in settings}
+  bases |= {'default': ''} | ({'local': 'local'} if 'local' in get_config.defaults else {})
+  heeded = set()
+  for base in bases.values():
+    given = {item.partition('=')[0] for item in base.split(',')}
+    for key in get_config.defaults.keys() - given - {'local'}:
+      argument = f'{key}={_other(key, get_config.defaults[key])}'
+      try:
+        config = get_config(','.join(filter(None, (base, argument))))
+      except ValueError:
+        continue
+      assert recipes.flat(config) != recipes.flat(get_config(base)), (base, argument)
+      heeded.add(key)
+  # A test by values that are always refused would prove nothing.
+  assert heeded
+
+
 @pytest.mark.parametrize('name, mask', MASKS, ids=[f'{n}:{m["arguments"]}' for n, m in MASKS])
 def test_a_dry_run_decays_what_the_recipe_decays(name, mask):
   """The recipe's config for a small model, which the mask or the config's `local` describes."""
