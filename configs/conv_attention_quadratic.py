@@ -43,11 +43,6 @@ def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model.name = args.variant
   baseline = args.variant == 'resnet_18'
-  if not baseline and not args.variant.startswith('conv_attention_'):
-    raise ValueError(
-      f'config argument variant={args.variant!r} has no recipe here: it must be resnet_18 or one '
-      'of conv_attention_*'
-    )
   if args.local:
     return _local(config, args)
   common.use_data(config, args.data)

@@ -104,7 +104,7 @@ def _demonstrate(config: ml_collections.ConfigDict, args: common.Arguments) -> N
     raise ValueError('init, source and fold go with ham10000: the demonstration has none of them')
   if args.data not in ('ham10000', *_DEMONSTRATIONS):
     raise ValueError(
-      f'config argument data={args.data!r} must be {" or ".join(_DEMONSTRATIONS)} of a demonstration'
+      f'data={args.data!r} is not for a demonstration: local has {", ".join(_DEMONSTRATIONS)}'
     )
   common.local(config, args.data if args.data in _DEMONSTRATIONS else 'digits', size=16)
   config.model.options = {

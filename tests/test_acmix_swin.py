@@ -178,5 +178,5 @@ def test_the_recipe_is_that_of_the_code():
   assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.05, 5.0)
   assert (config.schedule.warmup, config.schedule.final) == ('20 epochs', 0.01)
   assert config.model.options.to_dict() == {'drop_path': 0.3}
-  with pytest.raises(ValueError, match="no recipe for 'swin_tiny'"):
+  with pytest.raises(ValueError, match="'swin_tiny' is not of this recipe"):
     acmix_swin_tiny.get_config('variant=swin_tiny')

@@ -332,5 +332,5 @@ def test_the_recipe_spares_gaussians_the_decay_and_the_baseline_nothing():
   assert baseline.optimizer.weight_decay_mask == ('.*',)
   tuned = conv_attention_quadratic.get_config('init=runs/pruned')
   assert (tuned.total, tuned.optimizer.learning_rate) == ('100 epochs', 0.01)
-  with pytest.raises(ValueError, match="variant='vit_s16' has no recipe here"):
+  with pytest.raises(ValueError, match="variant='vit_s16' is not of this recipe"):
     conv_attention_quadratic.get_config('variant=vit_s16')

@@ -16,14 +16,11 @@ PATHS = sorted(golden.FOLDER.glob('*.npz'))
 def _answer(case: golden.Golden) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns logits and features of our model."""
   meta = case.meta
-  model, _ = va.create_model(
-    meta['registered'],
-    num_classes=case.outputs['logits'].shape[-1],
-    image_size=tuple(meta['input'][1:3]),
-    **meta['kwargs'],
-  )
+  options = {'image_size': tuple(meta['input'][1:3]), **meta['kwargs']}
+  classes = case.outputs['logits'].shape[-1]
+  model, _ = va.create_model(meta['registered'], num_classes=classes, **options)
   variables = va.load_reference(
-    meta['registered'], case.state(), source=meta['reference'], **meta['kwargs']
+    meta['registered'], case.state(), source=meta['reference'], **options
   )
 
   def both(module, images):

@@ -245,7 +245,7 @@ def test_the_config_has_the_size_and_the_stages_of_its_variant():
     assert config.model.options.conv_stages == (1, 2)
     assert config.optimizer.learning_rate == pytest.approx(0.4)
     va.create_model(name, **config.model.options)
-  with pytest.raises(ValueError, match="variant='halonet26t' is no HaloNet"):
+  with pytest.raises(ValueError, match="variant='halonet26t' is not of this recipe"):
     halonet_h0.get_config('variant=halonet26t')
   with pytest.raises(ValueError, match='local is a model and recipe of its own'):
     halonet_h0.get_config('local,conv=1')

@@ -347,5 +347,5 @@ def test_recipes_are_those_of_the_code():
   tuned = mvitv2_tiny.get_config('variant=mvitv2_base,init=run')
   assert (tuned.image_size, tuned.total, tuned.batch_size) == (384, '30 epochs', 512)
   assert tuned.optimizer.learning_rate == pytest.approx(8e-5)
-  with pytest.raises(ValueError, match="no recipe for 'mvitv1'"):
-    mvitv2_tiny.get_config('variant=mvitv1')
+  with pytest.raises(ValueError, match="no recipe for 'mvitv2_giant'"):
+    mvitv2_tiny.get_config('variant=mvitv2_giant')

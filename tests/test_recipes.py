@@ -117,12 +117,22 @@ def test_every_config_of_a_system_has_a_table():
   assert set(recipes.names()) == configs
 
 
+def _family(model: str) -> str:
+  return registry.module_of(model).__name__.split('.')[-1]
+
+
+@pytest.mark.fast
+def test_every_family_has_a_table():
+  found = {family for name in recipes.names() for family in recipes.table(name)['families']}
+  assert found == {_family(model) for model in registry.list_models()}
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize('name', recipes.names())
 def test_every_variant_has_a_recipe_or_a_reason(name):
   table = recipes.table(name)
   models = registry.list_models()
-  known = {m for m in models if registry.module_of(m).__name__.split('.')[-1] in table['families']}
+  known = {model for model in models if _family(model) in table['families']}
   assert known
   covered = {setting.variant for setting in recipes.settings(name)}
   assert covered <= set(models)

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vision_attention.attention import acmix
-from vision_attention.layers import conv, norm
+from vision_attention.layers import conv, initializers, norm
 from vision_attention.ops import attention
 
 
@@ -27,6 +27,7 @@ class SpatialReductionAttention(nn.Module):
       branch takes queries, keys and values of the whole map, by the same projections; learned
       scalars weigh it against the attention after its projection.
     qkv_bias: whether query, key and value have biases.
+    norm_epsilon: of LayerNorm on keys.
     dropout: rate after the layer.
   """
 
@@ -36,6 +37,7 @@ class SpatialReductionAttention(nn.Module):
   reduction: int = 2
   conv: bool = False
   qkv_bias: bool = True
+  norm_epsilon: float = 1e-5
   dropout: float = 0.0
   kernel_init: nn.initializers.Initializer = nn.initializers.truncated_normal(0.02)
   dtype: DTypeLike = jnp.float32
@@ -68,9 +70,17 @@ class SpatialReductionAttention(nn.Module):
     if self.reduction > 1:
       side = self.reduction
       reduced = conv.Conv(
-        channels, side, side, padding='valid', use_bias=True, name='reduce', **types
+        channels,
+        side,
+        side,
+        padding='valid',
+        use_bias=True,
+        kernel_init=initializers.TORCH_KERNEL,
+        bias_init=initializers.torch_bias(side**2 * channels),
+        name='reduce',
+        **types,
       )(x)
-      reduced = norm.LayerNorm(1e-5, name='reduce_norm', **types)(reduced)
+      reduced = norm.LayerNorm(self.norm_epsilon, name='reduce_norm', **types)(reduced)
     keys, values = split(key(reduced)), split(value(reduced))
     arrays = tokens(query), tokens(keys), tokens(values)
     if self.is_mutable_collection('intermediates'):

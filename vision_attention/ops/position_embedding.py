@@ -1,5 +1,6 @@
 """Absolute position embeddings on a grid of patches."""
 
+import jax
 import numpy as np
 
 
@@ -38,3 +39,8 @@ def resize(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   rows, columns = _interpolation(table.shape[0], shape[0]), _interpolation(table.shape[1], shape[1])
   resized = np.einsum('yh,xw,hwd->yxd', rows, columns, table.astype(np.float64))
   return resized.astype(table.dtype)
+
+
+def resize_centres(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Resizes `[height, width, dim]` bilinearly, pixel centres onto each other, as PyTorch does."""
+  return np.asarray(jax.image.resize(table, shape, 'linear', antialias=False))
