@@ -238,3 +238,28 @@ def test_curves_are_drawn_over_the_seeds_of_a_cell(tmp_path, capsys):
   assert image.read_bytes()[:4] == b'\x89PNG'
   assert collect.main([*arguments, '--curves', 'lost']) == 2
   assert "no run has 'lost'" in capsys.readouterr().err
+
+
+def test_what_changes_no_result_divides_no_cell(tmp_path):
+  for seed, mode in enumerate(('online', 'offline')):
+    _run(tmp_path / mode, 'se', seed, 80.0, wandb={'mode': mode}, mesh={'fsdp': seed + 1})
+  assert comparison.varying(runs.find([tmp_path])) == []
+
+
+def test_config_files_of_others_are_passed_over(folder, caplog):
+  (folder / 'weights').mkdir()
+  for text in ('{"model_type": "pvt"}', '[]', '{"total": '):
+    (folder / 'weights' / runs.CONFIG).write_text(text)
+    assert len(runs.find([folder])) == 12
+    assert 'is not the config of a run' in caplog.text
+    caplog.clear()
+
+
+def test_a_table_without_metrics_or_a_place_is_refused(folder, tmp_path_factory, capsys):
+  for path in folder.glob(f'*/{runs.METRICS}'):
+    path.write_text('{"step": 100, "eval/recall/mel": 1.0}')
+  assert collect.main([str(folder)]) == 2
+  assert 'pass --metrics; all have recall/mel' in capsys.readouterr().err
+  nowhere = tmp_path_factory.mktemp('out') / 'tables' / 'a.md'
+  assert collect.main([str(folder), '--metrics', 'recall/mel', f'--out={nowhere}']) == 2
+  assert f'make {nowhere.parent} first' in capsys.readouterr().err

@@ -32,7 +32,17 @@ ALLOWED = {
   'macs': {'errors', 'models', 'ops'},
   'convert': {'errors', 'weights', 'models'} | _BELOW_MODELS,
   'checkpoint': {'errors', 'folders', 'weights', 'models', 'training'},
-  'planning': {'errors', 'folders', 'checkpoint', 'convert', 'macs', 'data', 'models', 'training'},
+  'planning': {
+    'checkpoint',
+    'convert',
+    'data',
+    'errors',
+    'folders',
+    'macs',
+    'models',
+    'runs',
+    'training',
+  },
   'suites': {'data', 'folders'},
   'evaluation': {
     'checkpoint',

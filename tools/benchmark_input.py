@@ -1,6 +1,7 @@
 """Times the input pipeline on this machine: images per second of a config's training operations.
 
   python tools/benchmark_input.py --config=configs/coatnet0.py
+  python tools/benchmark_input.py --config=configs/vit_b16.py:augment=medium2 --images=256
 
 Reads synthetic photographs (crops of scikit-learn's two sample pictures, enlarged, with noise, as
 JPEGs of 500x375 pixels at quality 90) through the whole chain: record, decode, augment, batch.
@@ -8,7 +9,6 @@ Images per second of one core are counted in the seconds of the processor, so th
 not matter.
 """
 
-import importlib.util
 import io
 import os
 import pathlib
@@ -18,13 +18,18 @@ import time
 
 import numpy as np
 from absl import app, flags
+from ml_collections import config_flags
 from PIL import Image
 
 from vision_attention.data import builders, pipeline
 
+sys.path.append(str(pathlib.Path(__file__).parents[1]))  # configs are no part of the package
 FLAGS = flags.FLAGS
-flags.DEFINE_string('config', 'configs/coatnet0.py', 'Config file whose train_ops are timed.')
-flags.DEFINE_integer('images', 1024, 'Images to read.')
+BATCH = 64
+config_flags.DEFINE_config_file(
+  'config', 'configs/coatnet0.py', 'Config file whose train_ops are timed, with its arguments.'
+)
+flags.DEFINE_integer('images', 1024, f'Images to read, in batches of {BATCH}.', lower_bound=BATCH)
 flags.DEFINE_integer('threads', 2, 'Reading threads.')
 flags.DEFINE_integer('workers', 0, 'Reading processes.')
 
@@ -55,13 +60,7 @@ def _processor_seconds() -> float:
 
 def main(argv: list[str]) -> None:
   del argv
-  sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # configs import each other
-  spec = importlib.util.spec_from_file_location('config', FLAGS.config)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config()
+  config = FLAGS.config
   size = str(config.image_size)
   with tempfile.TemporaryDirectory() as folder:
     examples = photographs(200)
@@ -70,13 +69,12 @@ def main(argv: list[str]) -> None:
     config.data.name, config.data.data_dir, config.data.train_split = 'photographs', folder, 'train'
     config.data.train_ops = tuple(op.replace('{size}', size) for op in config.data.train_ops)
     config.data.num_threads, config.data.num_workers = FLAGS.threads, FLAGS.workers
-    batch = 64
-    batches = pipeline.train_batches(config.data, seed=0, batch_size=batch, start_step=0)
+    batches = pipeline.train_batches(config.data, seed=0, batch_size=BATCH, start_step=0)
     next(batches)
     start, busy = time.perf_counter(), _processor_seconds()
-    for _ in range(FLAGS.images // batch):
+    for _ in range(FLAGS.images // BATCH):
       next(batches)
-    count = FLAGS.images // batch * batch
+    count = FLAGS.images // BATCH * BATCH
     rate = count / (time.perf_counter() - start)
     if FLAGS.workers == 0:  # those of living children are not counted
       print(f'{count / (_processor_seconds() - busy):.0f} images/s of one core; ', end='')

@@ -138,7 +138,9 @@ def plot(
       values = np.array([[one[step] for step in steps] for one in series])
       mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
       label = ', '.join(f'{key.rpartition(".")[2]}={value}' for key, value in row.cell)
-      panel.plot(steps, mean, label=label or f'{len(mine)} runs')
+      # A single point makes no line.
+      marker = 'o' if len(steps) == 1 else ''
+      panel.plot(steps, mean, marker=marker, label=label or f'{len(mine)} runs')
       panel.fill_between(steps, mean - std, mean + std, alpha=0.2)
     if not panel.lines:
       raise ValueError(f'no run has {metric!r} at a step that its others have too')
@@ -149,6 +151,9 @@ def plot(
 
 def collect(args: argparse.Namespace) -> str:
   """Returns the table that the command line asks for, as Markdown or, for a `.csv`, as CSV."""
+  for path in (args.out, args.plot):
+    if path is not None and not path.parent.is_dir():
+      raise ValueError(f'{path} lies in no folder: make {path.parent} first')
   found = runs.find(map(folders.folder, args.folders))
   finished = [run for run in found if run.finished]
   for run in found:
@@ -162,9 +167,16 @@ def collect(args: argparse.Namespace) -> str:
     items = [text.partition('=') for text in args.baseline]
     baseline = {full_key(key, keys): value for key, _, value in items}
   pairs = [full_key(key, keys) for key in args.pairs] if args.pairs else comparison.PAIRS
+  wanted = args.metrics or [m for m in METRICS if all(m in run.metrics for run in finished)]
+  if not wanted:
+    common = set.intersection(*(set(run.metrics) for run in finished))
+    raise ValueError(
+      f'not every run has one of {", ".join(METRICS)}: pass --metrics; all have '
+      f'{", ".join(sorted(common)) or "nothing in common"}'
+    )
   rows = comparison.compare(
     finished,
-    args.metrics or [m for m in METRICS if all(m in run.metrics for run in finished)],
+    wanted,
     by=[full_key(key, keys) for key in args.by],
     pairs=pairs,
     baseline=baseline,

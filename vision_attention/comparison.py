@@ -15,9 +15,8 @@ from vision_attention import errors, runs
 
 # What repeats a cell.
 PAIRS = ('seed', 'data.train_split', 'data.eval_split')
-# What may differ between the machines of one comparison.
-IGNORED = ('log_every', 'checkpoint.', 'profile.', 'compile_cache', 'mesh.', 'data.data_dir')
-IGNORED += ('data.num_threads', 'data.num_workers', 'data.prefetch', 'data.num_train')
+# What follows from others, beside `runs.VOLATILE`, in which runs of one cell may differ too.
+IGNORED = ('data.num_train',)
 TESTS = ('t', 'wilcoxon')
 Key = tuple[tuple[str, Any], ...]
 
@@ -62,7 +61,8 @@ def varying(found: Sequence[runs.Run], pairs: Sequence[str] = PAIRS) -> list[str
     key
     for key in keys
     if key not in pairs
-    and not key.startswith(IGNORED)
+    and key not in IGNORED
+    and not runs.is_volatile(key)
     and any(flat.get(key) != flats[0].get(key) for flat in flats)
   ]
 

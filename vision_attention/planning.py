@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from vision_attention import checkpoint, convert, errors, folders, macs
+from vision_attention import checkpoint, convert, errors, folders, macs, runs
 from vision_attention.data import classes, pipeline
 from vision_attention.models import base, depth, registry, tree
 from vision_attention.training import (
@@ -34,24 +34,6 @@ from vision_attention.training import (
 
 logger = logging.getLogger('vision_attention')
 DTYPES = ('float32', 'bfloat16')
-# Config keys that do not change what is computed, so that a run may go on with other values.
-VOLATILE = (
-  'checkpoint',
-  'compile_cache',
-  'data.data_dir',
-  'data.label_maps',
-  'data.num_threads',
-  'data.num_workers',
-  'data.prefetch',
-  'eval.kshot',
-  'eval.shots',
-  'eval.suites',
-  'eval.throughput',
-  'log_every',
-  'mesh',
-  'profile',
-  'wandb',
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,11 +377,7 @@ def check_same_run(config: Any, workdir: folders.Folder) -> None:
   tracking.check(config.wandb, workdir)
   path = workdir / checkpoint.CONFIG
   if path.exists() and (checkpoint.steps_of(workdir) or (workdir / metrics.METRICS).exists()):
-    changed = [
-      text
-      for key, text in changes(config, workdir).items()
-      if not any(key == v or key.startswith(f'{v}.') for v in VOLATILE)
-    ]
+    changed = [text for key, text in changes(config, workdir).items() if not runs.is_volatile(key)]
     if changed:
       raise ValueError(
         f'{workdir} holds a run of another config ({"; ".join(changed)}): pass another --workdir, '

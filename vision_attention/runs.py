@@ -2,14 +2,39 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vision_attention import folders
 from vision_attention.training import schedule
 
+logger = logging.getLogger('vision_attention')
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
+# Config keys that do not change what is computed, so that a run may go on with other values.
+VOLATILE = (
+  'checkpoint',
+  'compile_cache',
+  'data.data_dir',
+  'data.label_maps',
+  'data.num_threads',
+  'data.num_workers',
+  'data.prefetch',
+  'eval.kshot',
+  'eval.shots',
+  'eval.suites',
+  'eval.throughput',
+  'log_every',
+  'mesh',
+  'profile',
+  'wandb',
+)
+
+
+def is_volatile(key: str) -> bool:
+  """Whether a config's dotted key is one of `VOLATILE`, or below one."""
+  return any(key == v or key.startswith(f'{v}.') for v in VOLATILE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +79,21 @@ def _tuples(value: Any) -> Any:
 
 
 def read(workdir: folders.Folder) -> Run | None:
-  """Reads a run's folder; None if no run began in it."""
+  """Reads a run's folder; None if no run began in it.
+
+  A `config.json` of something else is passed over with a warning.
+  """
   path = workdir / CONFIG
   if not path.exists():
     return None
-  config = json.loads(path.read_text())
-  total = schedule.steps(
-    config['total'], num_examples=config['data']['num_train'], batch_size=config['batch_size']
-  )
+  try:
+    config = json.loads(path.read_text())
+    total = schedule.steps(
+      config['total'], num_examples=config['data']['num_train'], batch_size=config['batch_size']
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    logger.warning('%s is not the config of a run: %r', path, error)
+    return None
   step, metrics = 0, {}
   lines = (workdir / METRICS).read_text().splitlines() if (workdir / METRICS).exists() else []
   for line in lines:
