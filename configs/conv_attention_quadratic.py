@@ -3,12 +3,13 @@
   python main.py --config=configs/conv_attention_quadratic.py
   python main.py --config=configs/conv_attention_quadratic.py:variant=conv_attention_learned
   python main.py --config=configs/conv_attention_quadratic.py:variant=resnet_18
-  python main.py --config=configs/conv_attention_quadratic.py:init=runs/pruned
+  python main.py --config=configs/conv_attention_quadratic.py:init=runs/pruned,heads=9/7/9/9/8/9
   python main.py --config=configs/conv_attention_quadratic.py:literal
   python main.py --config=configs/conv_attention_quadratic.py:local --workdir=runs/digits
 
 Arguments: `variant`, any `conv_attention_*` or the baseline `resnet_18` (3x3 stem, no pool);
-`data`; `init`, a run of which heads have been pruned, to be trained for 100 epochs more;
+`data`; `init`, a run of which heads have been pruned by `tools/prune_heads.py`, to be trained for
+100 epochs more, and `heads`, how many each of its layers has left, as that tool prints them;
 `literal`, the schedule as the authors' scripts run it; `local`.
 
 Published accuracy on CIFAR-10 (Table 1, recalled and not verified): ResNet-18 93.8, quadratic 93.8,
@@ -35,6 +36,7 @@ from configs import common
   variant='conv_attention_quadratic',
   data='cifar10',
   init='',
+  heads='',
   literal=False,
   local=False,
   variants=('conv_attention_*', 'resnet_18'),
@@ -78,6 +80,8 @@ def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   config.schedule.warmup = '15 epochs'  # 5 % of the steps
   if args.init:
     config.init.path = args.init
+    if args.heads:
+      config.model.options.num_heads = _heads(args.heads)
     config.total = '100 epochs'
     config.optimizer.learning_rate = 0.01
     config.schedule.warmup = '5 epochs'
@@ -87,6 +91,13 @@ def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
     config.schedule.warmup = f'{steps // 20} steps'
     config.schedule.every = '1 epochs'
   return config
+
+
+def _heads(text: str) -> tuple[int, ...]:
+  counts = text.split('/')
+  if not all(count.isdigit() and int(count) for count in counts):
+    raise ValueError(f'config argument heads={text!r} is not a number per layer: such as 9/7/9')
+  return tuple(map(int, counts))
 
 
 def _local(config: ml_collections.ConfigDict, args: common.Arguments) -> ml_collections.ConfigDict:
