@@ -331,3 +331,48 @@ def test_idx_files_and_image_folders(tmp_path):
   builders.write('photos', builders.image_folder(tmp_path / 'photos'), tmp_path / 'out')
   read = source.Source('photos', 'train', str(tmp_path / 'out'))
   assert (len(read), read.label_names, read[0].image) == (2, ('cat', 'dog'), _photo())
+
+
+def test_crops_hold_nothing_from_beside_them():
+  """Cut out, then resized, as torchvision, timm and TensorFlow do it."""
+  image = Image.open(io.BytesIO(_photo(kind='PNG'))).convert('RGB')
+  apply = preprocessing.random_resized_crop((14, 12), area=(0.2, 0.4), interpolation='bicubic')
+  rng = np.random.default_rng(0)
+  for _ in range(5):
+    trace = preprocessing.Trace()
+    found = apply(image, rng, trace)
+    [[x_scale, _, left], [_, y_scale, top], _] = trace.steps[0]
+    box = tuple(round(v) for v in (left, top, left + 12 * x_scale, top + 14 * y_scale))
+    expected = image.crop(box).resize((12, 14), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_images_of_16_bits_keep_their_range():
+  buffer = io.BytesIO()
+  Image.fromarray(np.array([[0, 257, 65_535], [30_000, 128 * 257, 256]], np.uint16)).save(
+    buffer, 'PNG'
+  )
+  found = np.asarray(preprocessing.decode(buffer.getvalue()))
+  np.testing.assert_array_equal(found[..., 0], [[0, 1, 255], [116, 128, 0]])
+
+
+def test_image_folders_take_all_images_and_no_other_files(tmp_path):
+  folder = tmp_path / 'photos/train/cat'
+  folder.mkdir(parents=True)
+  image = Image.open(io.BytesIO(_photo(kind='PNG'))).convert('RGB')
+  for suffix in ('png', 'bmp', 'tiff'):
+    image.save(folder / f'1.{suffix}')
+  (tmp_path / 'photos/train/.cache').mkdir()
+  (tmp_path / 'photos/.git').mkdir()
+  (folder / '.DS_Store').write_bytes(b'')
+  builders.write('photos', builders.image_folder(tmp_path / 'photos'), tmp_path / 'out')
+  read = source.Source('photos', 'train', str(tmp_path / 'out'))
+  assert (len(read), read.label_names) == (3, ('cat',))
+  for i in range(3):
+    np.testing.assert_array_equal(preprocessing.decode(read[i].image), image)
+  (folder / 'labels.csv').write_text('1,cat')
+  with pytest.raises(ValueError, match=r'1 files are no images, such as .*labels\.csv'):
+    builders.write('photos2', builders.image_folder(tmp_path / 'photos'), tmp_path / 'out')
+  assert not (tmp_path / 'out/photos2/1.0.0').exists()
+  with pytest.raises(ValueError, match="'My-photos' is not of a-z"):
+    builders.write('My-photos', builders.image_folder(tmp_path / 'photos'), tmp_path / 'out')

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import resource
+import tarfile
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from tests import archives
 from vision_attention.data import imagenet, imagenet_classes, records, shards, source, tar_files
 
 pytestmark = pytest.mark.fast
+# The archives of these tests are small.
+_imagenet2012 = functools.partial(imagenet.imagenet2012, partial=True)
+_evaluation_set = functools.partial(imagenet.evaluation_set, partial=True)
 SYNSETS = ('n01440764', 'n02105855', 'n15075141')
 
 
@@ -28,7 +32,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope='module')
 def prepared(inputs, tmp_path_factory):
   data_dir = tmp_path_factory.mktemp('data')
-  imagenet.imagenet2012(inputs[0], data_dir, shard_bytes=20_000)
+  _imagenet2012(inputs[0], data_dir, shard_bytes=20_000)
   return data_dir
 
 
@@ -87,16 +91,16 @@ def test_images_of_other_kinds_become_rgb_jpegs(inputs, prepared):
 
 
 def test_bytes_do_not_depend_on_processes_and_formats_hold_the_same(inputs, prepared, tmp_path):
-  again = imagenet.imagenet2012(inputs[0], tmp_path, shard_bytes=20_000, workers=2)
+  again = _imagenet2012(inputs[0], tmp_path, shard_bytes=20_000, workers=2)
   first = prepared / 'imagenet2012/5.1.0'
   assert {p.name: p.read_bytes() for p in again.iterdir()} == {
     p.name: p.read_bytes() for p in first.iterdir()
   }
   assert [p.name for p in again.parent.iterdir()] == ['5.1.0']
   with pytest.raises(FileExistsError, match='--overwrite'):
-    imagenet.imagenet2012(inputs[0], tmp_path)
+    _imagenet2012(inputs[0], tmp_path)
   options = {'file_format': 'tfrecord', 'shard_bytes': 20_000}
-  imagenet.imagenet2012(inputs[0], tmp_path, overwrite=True, **options)
+  _imagenet2012(inputs[0], tmp_path, overwrite=True, **options)
   assert _builder('imagenet2012', data_dir=str(tmp_path)).info.file_format.value == 'tfrecord'
   for split in ('train', 'validation'):
     a = source.Source('imagenet2012', split, str(prepared))
@@ -108,7 +112,7 @@ def test_bytes_do_not_depend_on_processes_and_formats_hold_the_same(inputs, prep
 
 def test_a_replacement_that_was_broken_off_is_kept(inputs, tmp_path, monkeypatch):
   """The same command without --overwrite leaves it alone; with it, goes on."""
-  make = functools.partial(imagenet.imagenet2012, inputs[0], tmp_path, shard_bytes=20_000)
+  make = functools.partial(_imagenet2012, inputs[0], tmp_path, shard_bytes=20_000)
   make()
 
   def killed(*_):
@@ -135,25 +139,25 @@ def test_a_full_disk_leaves_nothing_under_the_name(inputs, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, old[1]))
     try:
       with pytest.raises(shards.PreparationError, match=r'could not write .*unit-000000-train'):
-        imagenet.imagenet2012(inputs[0], tmp_path / file_format, **options)
+        _imagenet2012(inputs[0], tmp_path / file_format, **options)
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, old)
     with pytest.raises(source.MissingDataError, match=r'prepare_data\.py imagenet2012 --input'):
       source.find('imagenet2012', str(tmp_path / file_format))
-    imagenet.imagenet2012(inputs[0], tmp_path / file_format, **options)
+    _imagenet2012(inputs[0], tmp_path / file_format, **options)
     assert len(source.Source('imagenet2012', 'train', str(tmp_path / file_format))) == 18
 
 
 def test_what_is_unknown_is_refused(inputs, tmp_path):
   with pytest.raises(ValueError, match="did you mean 'topimages'"):
-    imagenet.evaluation_set('imagenet_v2', tmp_path, tmp_path, variant='top-images')
+    _evaluation_set('imagenet_v2', tmp_path, tmp_path, variant='top-images')
   with pytest.raises(ValueError, match="did you mean 'tfrecord'"):
-    imagenet.imagenet2012(inputs[0], tmp_path, file_format='tfrecords')
+    _imagenet2012(inputs[0], tmp_path, file_format='tfrecords')
 
 
 def test_archives_that_are_not_whole_are_named(inputs, tmp_path):
   with pytest.raises(FileNotFoundError, match=r'no ILSVRC2012_img_train\.tar in'):
-    imagenet.imagenet2012(tmp_path, tmp_path)
+    _imagenet2012(tmp_path, tmp_path)
   for name in (imagenet.TRAIN, imagenet.VALIDATION):
     (tmp_path / name).write_bytes((inputs[0] / name).read_bytes())
   whole = (tmp_path / imagenet.TRAIN).read_bytes()
@@ -161,7 +165,7 @@ def test_archives_that_are_not_whole_are_named(inputs, tmp_path):
   for end in (len(whole) // 2, member.offset + member.size + -member.size % 512):
     (tmp_path / imagenet.TRAIN).write_bytes(whole[:end])
     with pytest.raises(tar_files.ArchiveError, match=r'ILSVRC2012_img_train\.tar .*byte \d+'):
-      imagenet.imagenet2012(tmp_path, tmp_path / 'data')
+      _imagenet2012(tmp_path, tmp_path / 'data')
   assert not list((tmp_path / 'data/imagenet2012').glob('[0-9]*'))
 
 
@@ -189,7 +193,7 @@ def _evaluation_archives(folder):
 )
 def test_tfds_reads_the_test_sets(name, files, tmp_path):
   _evaluation_archives(tmp_path)
-  imagenet.evaluation_set(name.split('/')[0], tmp_path, tmp_path)
+  _evaluation_set(name.split('/')[0], tmp_path, tmp_path)
   builder = _builder(name, data_dir=str(tmp_path))
   fresh = _builder(name, data_dir=str(tmp_path / 'none'))
   assert builder.info.features.to_json() == fresh.info.features.to_json()
@@ -206,7 +210,7 @@ def test_real_labels_are_any_number(inputs, tmp_path):
   folder = inputs[0]
   real = [[i, i + 1] if i % 3 else [] for i in range(8)]
   (folder / 'real.json').write_text(json.dumps(real))
-  imagenet.evaluation_set('imagenet2012_real', folder, tmp_path)
+  _evaluation_set('imagenet2012_real', folder, tmp_path)
   builder = _builder('imagenet2012_real', data_dir=str(tmp_path))
   fresh = _builder('imagenet2012_real', data_dir=str(tmp_path / 'none'))
   assert builder.info.features.to_json() == fresh.info.features.to_json()
@@ -237,3 +241,30 @@ def test_a_broken_tar_is_refused_compressed_or_not(tmp_path, where):
       list(tar_files.stream(tmp_path / name))
   (tmp_path / 'b.tar.gz').write_bytes(gzip.compress(whole))
   assert [m.name for m in tar_files.stream(tmp_path / 'b.tar.gz')] == list(members)
+
+
+def test_archives_that_are_not_whole_are_refused_under_the_official_name(inputs, tmp_path):
+  with pytest.raises(
+    shards.PreparationError, match=r'18 images in train of imagenet2012 and not 1,281,167: .*--part'
+  ):
+    imagenet.imagenet2012(inputs[0], tmp_path)
+  assert not list(tmp_path.rglob('dataset_info.json'))
+  _imagenet2012(inputs[0], tmp_path)
+  _evaluation_archives(tmp_path)
+  for name, counts in imagenet.COUNTS.items():
+    if name in ('imagenet_v2', 'imagenet_a', 'imagenet_r', 'imagenet_sketch'):
+      said = f'2 images in test of .*{counts["test"]:,}'
+      with pytest.raises(shards.PreparationError, match=said):
+        imagenet.evaluation_set(name, tmp_path, tmp_path)
+
+
+def test_what_a_mac_leaves_in_an_archive_is_no_image(tmp_path):
+  with tarfile.open(tmp_path / 'imagenet-r.tar', 'w') as tar:
+    [photo] = archives.photographs(1)
+    for name in ('n01440764/1.jpg', 'n01440764/._1.jpg', '__MACOSX/n01440764/1.jpg'):
+      member = tarfile.TarInfo(f'imagenet-r/{name}')
+      member.size = len(photo)
+      tar.addfile(member, io.BytesIO(photo))
+  _evaluation_set('imagenet_r', tmp_path, tmp_path)
+  [example] = _examples(_builder('imagenet_r', data_dir=str(tmp_path)), 'test')
+  assert example['file_name'] == b'n01440764/1.jpg'

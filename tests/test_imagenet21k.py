@@ -2,6 +2,7 @@
 
 import collections
 import fcntl
+import functools
 import gzip
 import hashlib
 import json
@@ -21,6 +22,8 @@ from tests import archives, launcher
 from vision_attention.data import classes, imagenet21k, imagenet_classes, shards, source, tar_files
 
 pytestmark = pytest.mark.fast
+# The archives of these tests are small.
+_imagenet21k = functools.partial(imagenet21k.imagenet21k, partial=True)
 ROOT = pathlib.Path(__file__).parents[1]
 # The first and last are also ImageNet's; the archive's order is another.
 SYNSETS = ('n15075141', 'n00004475', 'n01440764', 'n03931045', 'n09999999', 'n02084071')
@@ -49,7 +52,7 @@ def plain(images, tmp_path_factory):
 @pytest.fixture(scope='module')
 def prepared(plain, tmp_path_factory):
   data_dir = tmp_path_factory.mktemp('data')
-  imagenet21k.imagenet21k(plain, data_dir, kind='winter21', validation=0.2, shard_bytes=60_000)
+  _imagenet21k(plain, data_dir, kind='winter21', validation=0.2, shard_bytes=60_000)
   return data_dir
 
 
@@ -142,14 +145,14 @@ def test_the_share_of_validation_is_kept_for_every_release():
 
 def test_classes_without_images_and_rare_ones(images, plain, tmp_path, monkeypatch):
   monkeypatch.setattr(imagenet_classes, '_MANY', 14)
-  imagenet21k.imagenet21k(plain, tmp_path, kind='google21843', shard_bytes=2**20)
+  _imagenet21k(plain, tmp_path, kind='google21843', shard_bytes=2**20)
   read, train = _records(tmp_path, 'train', 'google21843')
   assert (read.num_classes, read.label_names[3]) == (8, 'n03931044')
   assert not {3, read.label_names.index('n09859684')} & {r.label for r in train}
   few = {**images, 'n00004475': dict(list(images['n00004475'].items())[:14])}
   path = tmp_path / 'fall11_whole.tar'
   path.write_bytes(archives.tar(archives.of_classes(few)))
-  imagenet21k.imagenet21k(path, tmp_path, kind='21k_p')
+  _imagenet21k(path, tmp_path, kind='21k_p')
   assert _records(tmp_path, 'train', '21k_p')[0].label_names == tuple(sorted(SYNSETS))[1:]
 
 
@@ -157,7 +160,7 @@ def test_a_compressed_archive_and_processes_give_the_same_bytes(plain, prepared,
   path = tmp_path / 'winter21_whole.tar.gz'
   path.write_bytes(gzip.compress(plain.read_bytes(), 1))
   options: dict[str, Any] = {'kind': 'winter21', 'validation': 0.2, 'shard_bytes': 60_000}
-  folder = imagenet21k.imagenet21k(path, tmp_path, workers=2, **options)
+  folder = _imagenet21k(path, tmp_path, workers=2, **options)
   mine, first = _bytes(folder), _bytes(source.find('imagenet21k/winter21', str(prepared)))
   # The description names the archive.
   assert mine.pop('dataset_info.json') != first.pop('dataset_info.json')
@@ -167,7 +170,7 @@ def test_a_compressed_archive_and_processes_give_the_same_bytes(plain, prepared,
   for end in (len(cut) // 2, len(cut) - 4):
     path.write_bytes(cut[:end])
     with pytest.raises(tar_files.ArchiveError, match=r'winter21_whole\.tar\.gz .*byte \d+'):
-      imagenet21k.imagenet21k(path, tmp_path / 'cut', **options)
+      _imagenet21k(path, tmp_path / 'cut', **options)
   assert not list((tmp_path / 'cut').rglob('1.0.0'))
 
 
@@ -187,7 +190,7 @@ for name in ('replace', 'rename', 'fsync', 'mkdir', 'unlink'):
   counted(name)
 imagenet21k.imagenet21k(
   pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), kind='winter21', validation=0.2,
-  shard_bytes=60_000, file_format='tfrecord',
+  shard_bytes=60_000, file_format='tfrecord', partial=True,
 )
 """
 
@@ -209,7 +212,7 @@ def _forked(plain, data_dir, limit):
 @pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning', 'ignore:.*fork.*:RuntimeWarning')
 def test_killed_before_any_operation_on_files_it_ends_the_same(plain, tmp_path):
   options = {'validation': 0.2, 'shard_bytes': 60_000, 'file_format': 'tfrecord'}
-  first = imagenet21k.imagenet21k(plain, tmp_path, kind='winter21', **options)
+  first = _imagenet21k(plain, tmp_path, kind='winter21', **options)
   name = first.relative_to(tmp_path)
   kills = 0
   for limit in range(1, 200, 4):
@@ -235,6 +238,7 @@ def test_killed_with_its_processes_it_goes_on_where_it_was(plain, prepared, tmp_
   command = [
     sys.executable, 'tools/prepare_data.py', 'imagenet21k', f'--input={plain}',
     f'--data_dir={tmp_path}', '--workers=2', '--shard_megabytes=0', '--validation=0.2',
+    '--partial',
   ]  # fmt: skip
   process = subprocess.Popen(command, cwd=ROOT)
   work = tmp_path / 'imagenet21k/winter21/.1.0.0.unfinished'
@@ -264,10 +268,10 @@ def test_unfinished_work_of_another_archive_is_not_gone_on_with(plain, tmp_path,
   monkeypatch.setattr(imagenet21k, 'make', stop)
   options = {'kind': 'winter21', 'shard_bytes': 60_000}
   with pytest.raises(KeyboardInterrupt):
-    imagenet21k.imagenet21k(plain, tmp_path, **options)
+    _imagenet21k(plain, tmp_path, **options)
   with pytest.raises(shards.PreparationError, match='other archives or options'):
-    imagenet21k.imagenet21k(plain, tmp_path, seed=1, **options)
-  imagenet21k.imagenet21k(plain, tmp_path, **options)
+    _imagenet21k(plain, tmp_path, seed=1, **options)
+  _imagenet21k(plain, tmp_path, **options)
   assert [group.number for group in calls] == [0, 1, 1, 2, 3], 'a finished unit is not made again'
 
 
@@ -277,19 +281,25 @@ def test_only_one_process_writes_a_data_set(plain, tmp_path):
   with (work / 'lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(shards.PreparationError, match='another process is writing'):
-      imagenet21k.imagenet21k(plain, tmp_path, kind='fall11')
-  imagenet21k.imagenet21k(plain, tmp_path, kind='fall11')
+      _imagenet21k(plain, tmp_path, kind='fall11')
+  _imagenet21k(plain, tmp_path, kind='fall11')
 
 
 def test_what_cannot_be_done_is_said(plain, tmp_path):
   with pytest.raises(ValueError, match="did you mean 'winter21'"):
-    imagenet21k.imagenet21k(plain, tmp_path, kind='winter2021')
+    _imagenet21k(plain, tmp_path, kind='winter2021')
   with pytest.raises(FileNotFoundError, match='there is no archive'):
-    imagenet21k.imagenet21k(tmp_path / 'x.tar', tmp_path, kind='fall11')
+    _imagenet21k(tmp_path / 'x.tar', tmp_path, kind='fall11')
   with pytest.raises(ValueError, match='is no share'):
-    imagenet21k.imagenet21k(plain, tmp_path, kind='fall11', validation=1.0)
+    _imagenet21k(plain, tmp_path, kind='fall11', validation=1.0)
   with pytest.raises(shards.PreparationError, match='copy the finished folder to the bucket'):
-    imagenet21k.imagenet21k(plain, pathlib.Path('gs://bucket/data'), kind='fall11')
+    _imagenet21k(plain, pathlib.Path('gs://bucket/data'), kind='fall11')
   (tmp_path / 'x.tar').write_bytes(archives.tar({'cats.tar': archives.tar({})}))
   with pytest.raises(ValueError, match=r"'cats\.tar' is no archive of a class"):
-    imagenet21k.imagenet21k(tmp_path / 'x.tar', tmp_path, kind='fall11')
+    _imagenet21k(tmp_path / 'x.tar', tmp_path, kind='fall11')
+
+
+def test_an_archive_of_other_classes_is_refused_under_the_official_name(plain, tmp_path):
+  with pytest.raises(shards.PreparationError, match=r'6 classes of winter21 in .* and not 19,167'):
+    imagenet21k.imagenet21k(plain, tmp_path, kind='winter21')
+  assert not (tmp_path / 'imagenet21k/winter21/1.0.0').exists()

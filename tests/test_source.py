@@ -35,7 +35,7 @@ def prepared(tmp_path_factory):
   archives.imagenet2012(folder, SYNSETS)
   for file_format in records.FORMATS:
     where = folder / file_format
-    imagenet.imagenet2012(folder, where, file_format=file_format, shard_bytes=20_000)
+    imagenet.imagenet2012(folder, where, file_format=file_format, shard_bytes=20_000, partial=True)
   return folder
 
 

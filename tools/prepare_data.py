@@ -24,7 +24,7 @@ import pathlib
 import sys
 
 from vision_attention import torch_file
-from vision_attention.data import builders, ham10000
+from vision_attention.data import builders, ham10000, shards
 
 FASHION = (
   't_shirt_top trouser pullover dress coat sandal shirt sneaker bag ankle_boot'.split()  # noqa: SIM905
@@ -41,6 +41,10 @@ LARGE = [
 ]
 
 
+def _local_path(text: str) -> pathlib.Path:
+  return pathlib.Path(text).expanduser()
+
+
 def _large(args: argparse.Namespace) -> pathlib.Path:
   """Writes what needs shards and processes."""
   from vision_attention.data import imagenet, imagenet21k  # TFDS is slow to import
@@ -50,6 +54,7 @@ def _large(args: argparse.Namespace) -> pathlib.Path:
     'workers': args.workers,
     'overwrite': args.overwrite,
     'shard_bytes': args.shard_megabytes * 2**20,
+    'partial': args.partial,
   }
   if args.kind == 'imagenet2012':
     return imagenet.imagenet2012(args.input, args.data_dir, seed=args.seed, **options)
@@ -85,7 +90,7 @@ def main() -> int:
   parser.add_argument('kind', choices=(*SMALL, *LARGE, 'label_maps'))
   parser.add_argument('--name', help='of the data set; digits and ham10000 need none')
   parser.add_argument(
-    '--input', '--source', type=pathlib.Path, help='folder of the files, or archive'
+    '--input', '--source', type=_local_path, help='folder of the files, or archive'
   )
   parser.add_argument('--splits', choices=tuple(ham10000.SPLITS), default='folds', help='ham10000')
   parser.add_argument(
@@ -100,7 +105,10 @@ def main() -> int:
   parser.add_argument('--validation', type=float, default=0.01, help="imagenet21k's share")
   parser.add_argument('--variant', default='matched-frequency', help='or threshold-0.7, topimages')
   parser.add_argument(
-    '--data_dir', type=pathlib.Path, default=pathlib.Path(os.environ.get('TFDS_DATA_DIR', 'data'))
+    '--partial', action='store_true', help='take archives of fewer images or classes than published'
+  )
+  parser.add_argument(
+    '--data_dir', type=_local_path, default=_local_path(os.environ.get('TFDS_DATA_DIR', 'data'))
   )
   parser.add_argument('--overwrite', action='store_true')
   args = parser.parse_args()
@@ -111,6 +119,7 @@ def main() -> int:
   holdout = args.kind == 'ham10000' and args.splits == 'holdout'
   name = args.name or ('ham10000_holdout' if holdout else args.kind)
   try:
+    shards.check_local(args.data_dir)
     if args.kind == 'label_maps':
       print(f'wrote label maps to {_label_maps(args)}')
       return 0

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import io
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,11 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vision_attention.data import records
+from vision_attention.data import preprocessing, records
 
 VERSION = '1.0.0'
 _IDX_FILES = {'train': ('train', 'train'), 'test': ('t10k', 'test')}
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
+# What TFDS does not read, and is encoded anew without loss.
+_OTHER_SUFFIXES = ('.bmp', '.gif', '.tif', '.tiff', '.webp')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,14 +124,20 @@ def idx(folder: pathlib.Path, label_names: Sequence[str] | None = None) -> Raw:
 
 
 def image_folder(root: pathlib.Path) -> Raw:
-  """A folder `root/split/class/*.jpg`; the files' bytes are kept as they are.
+  """A folder `root/split/class/*.jpg`; the bytes of JPEG and PNG files are kept as they are.
+
+  BMP, GIF, TIFF and WebP become PNG. What has a name that begins with a dot is passed over.
 
   Raises:
     FileNotFoundError: if there is no such structure.
-    ValueError: if splits have different classes.
+    ValueError: if splits have different classes, or a file is no image.
   """
-  splits = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-  names = {s.name: sorted(p.name for p in s.iterdir() if p.is_dir()) for s in splits}
+
+  def folders_in(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != '.')
+
+  splits = folders_in(root) if root.is_dir() else []
+  names = {s.name: [p.name for p in folders_in(s)] for s in splits}
   if not names or not all(names.values()):
     raise FileNotFoundError(f'{root} has no folders <split>/<class>/ with images')
   classes = max(names.values(), key=len)
@@ -137,10 +146,22 @@ def image_folder(root: pathlib.Path) -> Raw:
       raise ValueError(f'split {split} of {root} has classes that others lack: {sorted(unknown)}')
 
   def read(split: pathlib.Path) -> Iterator[tuple[bytes, int]]:
-    files = sorted(p for p in split.glob('*/*') if p.suffix.lower() in _IMAGE_SUFFIXES)
+    places = [p for name in names[split.name] for p in sorted((split / name).iterdir())]
+    files = [p for p in places if p.name[0] != '.']
+    if wrong := [p for p in files if p.suffix.lower() not in _IMAGE_SUFFIXES + _OTHER_SUFFIXES]:
+      raise ValueError(
+        f'{len(wrong)} files are no images, such as {wrong[0]}: allowed are '
+        f'{", ".join(_IMAGE_SUFFIXES + _OTHER_SUFFIXES)}; remove or rename them'
+      )
     # Shards would otherwise hold one class each.
     for i in np.random.default_rng(0).permutation(len(files)):
-      yield files[i].read_bytes(), classes.index(files[i].parent.name)
+      content = files[i].read_bytes()
+      if files[i].suffix.lower() in _OTHER_SUFFIXES:
+        try:
+          content = _png(np.asarray(preprocessing.decode(content)))
+        except preprocessing.CorruptImageError as error:
+          raise ValueError(f'{files[i]} is no whole image: {error}') from error
+      yield content, classes.index(files[i].parent.name)
 
   return Raw(
     {split.name: read(split) for split in splits},
@@ -167,10 +188,12 @@ def write(
 
   Raises:
     FileExistsError: if it exists already.
-    ValueError: if a split is empty.
+    ValueError: if a split is empty, or for another kind of name.
   """
   import tensorflow_datasets as tfds
 
+  if not re.fullmatch('[a-z][a-z0-9_]*', name):
+    raise ValueError(f'data set name {name!r} is not of a-z, 0-9 and _, beginning with a letter')
   target = data_dir / name / VERSION
   if target.exists() and not overwrite:
     raise FileExistsError(f'{target} exists: pass --overwrite to replace it')

@@ -40,6 +40,15 @@ _VERSIONS = {
   'imagenet_sketch': '1.0.0',
   'imagenet2012_real': '1.0.0',
 }
+# Published numbers of images.
+COUNTS = {
+  'imagenet2012': {'train': 1_281_167, 'validation': 50_000},
+  'imagenet_v2': {'test': 10_000},
+  'imagenet_a': {'test': 7_500},
+  'imagenet_r': {'test': 30_000},
+  'imagenet_sketch': {'test': 50_889},
+  'imagenet2012_real': {'validation': 50_000},
+}
 _SUFFIXES = ('.jpg', '.jpeg', '.png')
 
 
@@ -101,6 +110,26 @@ def _units(images: Iterable[_Image], shard_bytes: int) -> Iterator[list[_Image]]
     size += image.member.size
   if unit:
     yield unit
+
+
+def _whole(images: Iterable[_Image], name: str, *, partial: bool) -> Iterator[_Image]:
+  """Yields images, and raises at their end if they are not as many as are published."""
+  found: dict[str, int] = {}
+  for image in images:
+    found[image.split] = found.get(image.split, 0) + 1
+    yield image
+  for split, count in found.items():
+    check_count(f'images in {split} of {name}', count, (COUNTS[name][split],), partial=partial)
+
+
+def check_count(what: str, found: int, published: Sequence[int], *, partial: bool) -> None:
+  """Raises PreparationError if a count is not a published one, unless a part was asked for."""
+  if found not in published and not partial:
+    numbers = ' or '.join(f'{number:,}' for number in published)
+    raise shards.PreparationError(
+      f'there are {found:,} {what} and not {numbers}: get the whole archive, or pass --partial to '
+      'write what there is under its name'
+    )
 
 
 def _features(encoding: str | None = 'jpeg') -> dict[str, Any]:
@@ -175,8 +204,11 @@ def imagenet2012(
   overwrite: bool = False,
   shard_bytes: int = 2**28,
   seed: int = 0,
+  partial: bool = False,
 ) -> pathlib.Path:
   """Writes `imagenet2012` 5.1.0 from its two archives; the training images are shuffled by `seed`.
+
+  Archives with other numbers of images than `COUNTS` are refused unless `partial`.
 
   Raises:
     FileNotFoundError: if an archive is not there.
@@ -195,8 +227,8 @@ def imagenet2012(
   )
 
   def units() -> Iterator[list[_Image]]:
-    yield from _units(_train(train, seed), shard_bytes)
-    yield from _units(_validation(validation, 'validation', 'label'), shard_bytes)
+    for images in (_train(train, seed), _validation(validation, 'validation', 'label')):
+      yield from _units(_whole(images, 'imagenet2012', partial=partial), shard_bytes)
 
   return shards.build(
     spec,
@@ -226,6 +258,8 @@ def _of_folders(path: pathlib.Path, name: str) -> Iterator[_Image]:
     parts = pathlib.PurePosixPath(member.name).parts[-3:]
     if pathlib.PurePath(member.name).suffix.lower() not in _SUFFIXES:
       continue  # such as a README
+    if '__MACOSX' in member.name or parts[-1].startswith('._'):
+      continue  # what a Mac notes of the file of that name
     if len(parts) < 2:
       raise ValueError(f'{path} holds {member.name}, not <class>/<file>')
     where, file = parts[-2:]
@@ -246,6 +280,7 @@ def evaluation_set(
   workers: int = 0,
   overwrite: bool = False,
   shard_bytes: int = 2**28,
+  partial: bool = False,
 ) -> pathlib.Path:
   """Writes one of `TEST_SETS`; images keep the archive's bytes and order.
 
@@ -258,10 +293,12 @@ def evaluation_set(
     workers: see `shards.build`.
     overwrite: see `shards.build`.
     shard_bytes: about the size of a file.
+    partial: whether another number of images than that of `COUNTS` is written.
 
   Raises:
     FileNotFoundError: if an archive is not there.
     ValueError: if it is not whole or of another layout.
+    shards.PreparationError: see `shards.build`, and for another number of images.
   """
   errors.check_choice('data set', name, TEST_SETS)
   errors.check_choice('variant', variant, VARIANTS)
@@ -286,7 +323,7 @@ def evaluation_set(
   return shards.build(
     spec,
     data_dir,
-    lambda: _units(images, shard_bytes),
+    lambda: _units(_whole(images, name, partial=partial), shard_bytes),
     functools.partial(make, fix=False),
     source=stamps,
     workers=workers,

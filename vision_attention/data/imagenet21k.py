@@ -160,6 +160,7 @@ def imagenet21k(
   validation: float = 0.01,
   shard_bytes: int = 2**28,
   seed: int = 0,
+  partial: bool = False,
 ) -> pathlib.Path:
   """Writes `imagenet21k/<kind>`.
 
@@ -176,11 +177,12 @@ def imagenet21k(
     validation: share of images of the validation split.
     shard_bytes: about the size of a file.
     seed: of the order within files.
+    partial: whether another number of classes than the published is written.
 
   Raises:
     FileNotFoundError: if there is no such archive.
     ValueError: for an unknown kind, or an archive that is not whole or of another layout.
-    shards.PreparationError: see `shards.build`.
+    shards.PreparationError: see `shards.build`, and for another number of classes.
   """
   errors.check_choice('classes', kind, imagenet_classes.COUNTS)
   if not 0 <= validation < 1:
@@ -193,6 +195,8 @@ def imagenet21k(
   shards.refuse_existing(plain, data_dir, overwrite)
   counts = _counted(path, kind, plain.folder(data_dir).parent / '.classes.json')
   classes = imagenet_classes.imagenet21k(kind, counts)
+  published = imagenet_classes.COUNTS[kind]
+  imagenet.check_count(f'classes of {kind} in {path}', len(classes), published, partial=partial)
   features: dict[str, Any] = {
     'image': tfds.features.Image(encoding_format='jpeg'),
     'label': tfds.features.ClassLabel(names=list(classes)),
@@ -210,7 +214,7 @@ def imagenet21k(
     features=features,
     description=(
       f'ImageNet-21k, {kind}: {len(classes)} classes of {path.name} (published: '
-      f'{" or ".join(map(str, imagenet_classes.COUNTS[kind]))}).'
+      f'{" or ".join(map(str, published))}).'
     ),
     homepage='https://image-net.org/',
     files={

@@ -51,10 +51,12 @@ def _resize(
   box: tuple[int, int, int, int],
   trace: Trace,
 ) -> Image.Image:
-  """A box of an image (left, top, right, bottom) resized to width and height."""
+  """A box of an image (left, top, right, bottom) cut out, then resized to width and height."""
   left, top, right, bottom = box
   trace.move((right - left) / size[0], 0, left, 0, (bottom - top) / size[1], top)
-  return image.resize(size, resample, box=box)
+  # PIL's own `box` would mix pixels from beside it into its border.
+  part = image if box == (0, 0, *image.size) else image.crop(box)
+  return part.resize(size, resample)
 
 
 # What PIL raises of bytes that it cannot read.
@@ -81,6 +83,9 @@ def decode(content: bytes) -> Image.Image:
       if pixels is not None:
         return Image.fromarray(np.ascontiguousarray(pixels[..., ::-1]))
     image.load()
+    if image.mode.startswith('I'):
+      # 16 bits, which PIL would cut off at 255.
+      image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     return image.convert('RGB')
   except (*UNREADABLE, cv2.error) as error:
     raise CorruptImageError(str(error)) from error

@@ -281,13 +281,18 @@ def _finish(work: pathlib.Path, found: dict[str, Any], spec: Spec) -> pathlib.Pa
   return folder
 
 
-def refuse_existing(spec: Spec, data_dir: pathlib.Path, overwrite: bool) -> None:
-  """Raises what `build` raises before any work."""
-  errors.check_choice('file_format', spec.file_format, records.FORMATS)
+def check_local(data_dir: pathlib.Path) -> None:
+  """Raises PreparationError for a place that is no folder of this machine."""
   if str(data_dir).startswith(('gs:', 's3:')):
     raise PreparationError(
       f'{data_dir}: data sets are prepared on a local disk; copy the finished folder to the bucket'
     )
+
+
+def refuse_existing(spec: Spec, data_dir: pathlib.Path, overwrite: bool) -> None:
+  """Raises what `build` raises before any work."""
+  errors.check_choice('file_format', spec.file_format, records.FORMATS)
+  check_local(data_dir)
   target = spec.folder(data_dir)
   if target.exists() and not overwrite:
     work = target.parent / f'.{spec.version}.unfinished'
