@@ -14,6 +14,9 @@ Published top-1 of training on ImageNet-1k at 224 pixels for 300 epochs (Table 2
 83.6, -B 84.4, -L 85.3; fine-tuned at 384 pixels -B 85.2, -L 86.0. After ImageNet-21k (Table 3): -L
 87.5 and 88.2 at 384, -H 88.0 and 88.3. Cost: not published. The runs have not been repeated here.
 
+What differs from the original: pre-training takes ImageNet-21k alone, where the authors join
+ImageNet-1k to it (19,168 classes).
+
 Tables of positions and class tokens decay, as they do in that code; they do not in timm's or in
 that of detection.
 
@@ -78,7 +81,9 @@ def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
   if args.data == 'imagenet21k':
     if size == 'tiny':
       raise ValueError(f'no pre-training of {args.variant!r} is published: there is none of -T')
-    # Jointly with ImageNet-1k in the paper; the length of its warm-up is not published.
+    # The paper's release, and ImageNet-1k with it; the length of its warm-up is not published.
+    config.data.name, config.data.num_classes = 'imagenet21k/winter21', 19_167
+    config.data.num_train = 13_000_000
     config.total = '60 epochs' if size == 'huge' else '90 epochs'
     config.schedule.warmup = '20 epochs'
     config.optimizer.learning_rate = (1e-4 if large else 6.75e-5) * config.batch_size / 256

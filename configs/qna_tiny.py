@@ -14,7 +14,8 @@ windows 82.0, -S 83.2, -B 83.7 (83.9 in the authors' code, with the longer warm-
 Cost: not published. The runs have not been repeated here.
 
 What differs from the original: mixup takes its partner from the other end of the batch, as CutMix
-does, where the code draws a permutation.
+does, where the code draws a permutation; RandAugment is timm's, of fifteen operations, where the
+code has its own scales and sixteen; resizing has antialiasing.
 
 `local` trains a small QnA-ViT on scikit-learn's digits, in a minute or two on two CPU cores, to at
 least 90 % of the 355 test images.

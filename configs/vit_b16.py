@@ -8,11 +8,14 @@
   python main.py --config=configs/vit_b16.py:augment=light2,data=imagenet21k,regularize=True
   python main.py --config=configs/vit_b16.py:init=runs/vit_b16                 # fine-tuning at 384
   python main.py --config=configs/vit_b16.py:init=runs/vit_b16,data=cifar10,steps=10000,rate=0.01
+  python main.py --config=configs/vit_b16.py:init=runs/b16,data=cifar10,steps=10000,crop=resmall
 
 Arguments: `variant`; `data`, of which `jft3b` takes the scaled recipe; `augment`, of AugReg's
 recipes: none, light1, light2, medium1, medium2, strong1 or strong2; `decay`, `regularize` (dropout
 and stochastic depth of 0.1) and `epochs`, of AugReg's grid; `init`, the weights that fine-tuning
-starts from; `size`, `rate` and `steps` of fine-tuning.
+starts from; `size`, `rate` and `steps` of fine-tuning; `crop`, as AugReg's models are transferred
+(big_vision, configs/transfer.py): `inception`, `resmall` (a random window of the image of 7/6 of
+the size) or `resize` (of the image made square); they are evaluated on the middle 6/7.
 
 Published top-1 on ImageNet-1k after fine-tuning at 384 pixels, trained on ImageNet-1k / -21k /
 JFT-300M (Table 5): B/16 77.91 / 83.97 / 84.15, L/16 76.53 / 85.15 / 87.12; H/14 by JFT-300M 88.04.
@@ -30,8 +33,10 @@ _JFT = {
   'vit_l32': (6e-4, 7),
   'vit_l16': (4e-4, 14),
   'vit_h14': (3e-4, 14),
+  'vit_r50_b32': (8e-4, 7),
   'vit_r50_b16': (8e-4, 7),
   'vit_r50_l32': (2e-4, 7),
+  'vit_r50_l16': (4e-4, 14),
 }
 _SCALED = ('vit_g14', 'vit_gigantic14')
 # Layers and magnitude of RandAugment, None for none of it, and mixup's alpha.
@@ -45,6 +50,13 @@ _AUGREG = {
   'strong2': ((2, 20), 0.8),
 }
 _CROP = 'random_resized_crop({size}, area=(0.05, 1.0), interpolation="bilinear")'
+# Of AugReg's transfer: from 448 pixels to 384.
+_WINDOW = '{size}, ratio=0.857142, interpolation="bilinear"'
+_TRANSFER_CROPS = {
+  'inception': _CROP,
+  'resmall': f'random_crop({_WINDOW})',
+  'resize': f'random_crop({_WINDOW}, square=True)',
+}
 
 
 @common.takes(
@@ -58,6 +70,7 @@ _CROP = 'random_resized_crop({size}, area=(0.05, 1.0), interpolation="bilinear")
   size=0,
   rate=0.03,
   steps=20_000,
+  crop='',
   variants=('vit_*',),
 )
 def get_config(args: common.Arguments) -> ml_collections.ConfigDict:
@@ -166,6 +179,11 @@ def _fine_tune(config: ml_collections.ConfigDict, args: common.Arguments) -> Non
   config.batch_size = 512
   config.total = f'{args.steps} steps'
   config.data.eval_ops = ('resize({size}, interpolation="bilinear")',)
+  if args.crop:
+    if args.crop not in _TRANSFER_CROPS:
+      raise ValueError(f'crop={args.crop!r} is none of {", ".join(_TRANSFER_CROPS)}')
+    config.data.train_ops = (_TRANSFER_CROPS[args.crop], 'flip()')
+    config.data.eval_ops = (f'center_crop({_WINDOW})',)
   config.optimizer.name = 'sgd'
   config.optimizer.learning_rate = args.rate
   config.optimizer.momentum = 0.9

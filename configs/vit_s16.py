@@ -12,7 +12,8 @@ Published top-1 at 90 / 150 / 300 epochs (Table 1): 76.5 / 78.5 / 80.0; 90 epoch
 TPU v3-8. The ablations, in the order above: 73.6 / 73.7 / 73.7, 75.0 / 78.0 / 79.6, 74.7 / 77.3 /
 78.6, 75.0 / 76.9 / 78.2 and 76.7 / 78.6 / 79.8. The runs have not been repeated here.
 
-What differs from the original: resizing has antialiasing.
+What differs from the original: images are resized by a triangle filter, with antialiasing; the code
+has none in training, and means over areas in evaluation.
 """
 
 import ml_collections

@@ -237,6 +237,11 @@ def test_operations_are_parsed_and_refused_by_name():
     ('resize(8, interpolation="cubic")', "interpolation 'cubic' is unknown"),
     ('resize(__import__("os"))', 'does not read like'),
     ('rand_augment(2, 15)', 'would bound magnitude 15 at 10'),
+    ('random_resized_crop(8, area=(1.0, 0.08))', 'give the smaller first'),
+    ('random_resized_crop(8, ratio=(0, 1))', 'give the smaller first'),
+    ('random_crop(8, ratio=1.5)', r'give one in \(0, 1\]'),
+    ('flip(1.5)', 'give a probability of 0 to 1'),
+    ('pad_crop(-1)', 'give zero or more'),
   ):
     with pytest.raises(ValueError, match=message):
       preprocessing.compose([text])
@@ -345,6 +350,32 @@ def test_crops_hold_nothing_from_beside_them():
     box = tuple(round(v) for v in (left, top, left + 12 * x_scale, top + 14 * y_scale))
     expected = image.crop(box).resize((12, 14), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize('square', [False, True])
+def test_random_windows_lie_in_the_image_that_the_middle_is_cut_from(square):
+  image = Image.open(io.BytesIO(_photo(kind='PNG'))).convert('RGB')
+  apply = preprocessing.random_crop(12, ratio=0.75, interpolation='bilinear', square=square)
+  w, h = image.size
+  scale = 16 / min(w, h)
+  size = (16, 16) if square else (int(w * scale), int(h * scale))
+  whole = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+  rng, places = np.random.default_rng(0), set()
+  for _ in range(40):
+    found = np.asarray(apply(image, rng, preprocessing.Trace()))
+    [place] = [
+      (y, x)
+      for y in range(size[1] - 11)
+      for x in range(size[0] - 11)
+      if (whole[y : y + 12, x : x + 12] == found).all()
+    ]
+    places.add(place)
+  assert {y for y, _ in places} == set(range(size[1] - 11))
+  middle = preprocessing.center_crop(12, ratio=0.75, interpolation='bilinear')
+  if not square:
+    y, x = round((size[1] - 12) / 2), round((size[0] - 12) / 2)
+    expected = whole[y : y + 12, x : x + 12]
+    np.testing.assert_array_equal(middle(image, rng, preprocessing.Trace()), expected)
 
 
 def test_images_of_16_bits_keep_their_range():

@@ -116,6 +116,11 @@ def random_resized_crop(
       bilinear or bicubic (timm's default for training).
   """
   height, width = _pair(size)
+  if not 0 < area[0] <= area[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
+    raise ValueError(
+      f'random_resized_crop has area {tuple(area)} and ratio {tuple(ratio)}: give the smaller '
+      'first, of area at most 1, such as (0.08, 1.0) and (0.75, 1.33)'
+    )
   names = ('bilinear', 'bicubic') if interpolation == 'random' else (interpolation,)
   filters = [_filter(name) for name in names]
 
@@ -149,6 +154,16 @@ def resize(size: int | Sequence[int], interpolation: str = 'bicubic') -> Op:
   return apply
 
 
+def _covering(size: tuple[int, int], inner: tuple[int, int]) -> tuple[int, int]:
+  """Returns width and height of an image whose smaller side is as long as `inner`, height first."""
+  w, h = size
+  if inner[0] == inner[1]:
+    long = int(inner[0] * max(w, h) / min(w, h))
+    return (inner[0], long) if w <= h else (long, inner[0])
+  scale = min(h / inner[0], w / inner[1])
+  return round(w / scale), round(h / scale)
+
+
 def center_crop(
   size: int | Sequence[int], ratio: float = 0.875, interpolation: str = 'bicubic'
 ) -> Op:
@@ -174,13 +189,7 @@ def center_crop(
     return round((have - want) / 2) if have >= want else -((want - have) // 2)
 
   def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
-    w, h = image.size
-    if inner[0] == inner[1]:
-      long = int(inner[0] * max(w, h) / min(w, h))
-      w, h = (inner[0], long) if w <= h else (long, inner[0])
-    else:
-      scale = min(h / inner[0], w / inner[1])
-      w, h = round(w / scale), round(h / scale)
+    w, h = _covering(image.size, inner)
     image = _resize(image, (w, h), resample, (0, 0, *image.size), trace)
     x, y = offset(w, width), offset(h, height)
     trace.move(1, 0, x, 0, 1, y)
@@ -189,8 +198,40 @@ def center_crop(
   return apply
 
 
+def random_crop(
+  size: int | Sequence[int],
+  ratio: float = 0.875,
+  interpolation: str = 'bicubic',
+  square: bool = False,
+) -> Op:
+  """As `center_crop`, but cut out at a random place.
+
+  Args:
+    size: height and width of the result, or one number for both.
+    ratio: of the result to the smaller side, at most 1.
+    interpolation: see `random_resized_crop`.
+    square: whether both sides are resized to `size / ratio`, whatever the image's shape.
+  """
+  height, width = _pair(size)
+  resample = _filter(interpolation)
+  if not 0 < ratio <= 1:
+    raise ValueError(f'random_crop({size}) has ratio {ratio}: give one in (0, 1], such as 0.875')
+  inner = math.floor(height / ratio), math.floor(width / ratio)
+
+  def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
+    w, h = (inner[1], inner[0]) if square else _covering(image.size, inner)
+    image = _resize(image, (w, h), resample, (0, 0, *image.size), trace)
+    x, y = int(rng.integers(w - width + 1)), int(rng.integers(h - height + 1))
+    trace.move(1, 0, x, 0, 1, y)
+    return image.crop((x, y, x + width, y + height))
+
+  return apply
+
+
 def pad_crop(padding: int, fill: int = 0) -> Op:
   """The image padded on all sides, then cut to its own size at a random place."""
+  if padding < 0:
+    raise ValueError(f'pad_crop has padding {padding}: give zero or more')
 
   def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
     w, h = image.size
@@ -203,8 +244,14 @@ def pad_crop(padding: int, fill: int = 0) -> Op:
   return apply
 
 
+def _check_probability(name: str, prob: float) -> None:
+  if not 0 <= prob <= 1:
+    raise ValueError(f'{name} has prob {prob}: give a probability of 0 to 1')
+
+
 def flip(prob: float = 0.5) -> Op:
   """Left and right exchanged with probability `prob`."""
+  _check_probability('flip', prob)
 
   def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
     if rng.random() >= prob:
@@ -217,6 +264,7 @@ def flip(prob: float = 0.5) -> Op:
 
 def flip_vertical(prob: float = 0.5) -> Op:
   """Top and bottom exchanged with probability `prob`."""
+  _check_probability('flip_vertical', prob)
 
   def apply(image: Image.Image, rng: np.random.Generator, trace: Trace) -> Image.Image:
     if rng.random() >= prob:
@@ -333,6 +381,7 @@ _OPS = {
     random_resized_crop,
     resize,
     center_crop,
+    random_crop,
     pad_crop,
     flip,
     flip_vertical,

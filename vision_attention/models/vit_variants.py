@@ -31,6 +31,7 @@ _AUGREG = 'arXiv 2106.10270, Table 3 (ImageNet-21k 300 epochs, 224 pixels)'
 _VIT = 'arXiv 2010.11929, Table 1'
 _SCALED = 'arXiv 2106.04560, Table 2'
 _PLAIN = 'github.com/google-research/big_vision'
+_JFT_HYBRIDS = 'arXiv 2010.11929, Table 6 (JFT-300M), which counts nothing'
 _MIXED = 'github.com/google-research/vision_transformer'
 # Parameters with a class token and 1000 classes at 224 pixels, GMACs, top-1.
 _PUBLISHED = {
@@ -52,8 +53,10 @@ _HYBRIDS = {
   'vit_r_ti16': ('ti', 8, (), 6_337_704, 0.434, 69.69),
   'vit_r26_s32': ('s', 1, (2, 2, 2, 2), 36_431_912, 3.46, 80.81),
   'vit_r26_b32': ('b', 1, (2, 2, 2, 2), 101_383_976, 6.71, None),
+  'vit_r50_b32': ('b', 1, (3, 4, 6, 3), None, None, None),
   'vit_r50_b16': ('b', 1, (3, 4, 9), 98_659_112, 21.5, None),
   'vit_r50_l32': ('l', 1, (3, 4, 6, 3), 328_994_856, 19.4, 82.74),
+  'vit_r50_l16': ('l', 1, (3, 4, 9), None, None, None),
 }
 
 
@@ -83,9 +86,9 @@ VARIANTS |= {
   name: base.Variant(
     _options(size, patch, stem_depths=depths),
     params=params,
-    flops=gmacs * 1e9,
+    flops=gmacs and gmacs * 1e9,
     top1=top1,
-    source=_AUGREG if top1 else _MIXED,
+    source=_AUGREG if top1 else _MIXED if params else _JFT_HYBRIDS,
   )
   for name, (size, patch, depths, params, gmacs, top1) in _HYBRIDS.items()
 }
