@@ -274,16 +274,27 @@ DECAY_LAYERS = {
   },
   'backbone/(downsample4|stage4)/': 12,
 }
+_OFFICIAL_RULES = _rules(
+  r'downsample_layers\.0\.{}',
+  r'downsample_layers\.(\d+)\.{}',
+  r'stages\.(\d+)\.(\d+)\.',
+  {'dwconv': 'depthwise', 'norm': 'norm', 'pwconv1': 'mlp/expand', 'pwconv2': 'mlp/project'},
+  'norm|head',
+)
+_HF_NAMES = reference.renaming(
+  (r'^convnext\.embeddings\.patch_embeddings', 'downsample_layers.0.0'),
+  (r'^convnext\.embeddings\.layernorm', 'downsample_layers.0.1'),
+  (r'^convnext\.encoder\.stages\.(\d+)\.downsampling_layer', r'downsample_layers.\1'),
+  (r'^convnext\.encoder\.stages\.(\d+)\.layers', r'stages.\1'),
+  (r'^(stages\..*)layernorm', r'\1norm'),
+  (r'^(stages\..*)layer_scale_parameter', r'\1gamma'),
+  (r'^convnext\.layernorm', 'norm'),
+  ('^classifier', 'head'),
+)
 REFERENCES = {
   'official': reference.Reference(
     origin='github.com/facebookresearch/ConvNeXt, models/convnext.py',
-    rules=_rules(
-      r'downsample_layers\.0\.{}',
-      r'downsample_layers\.(\d+)\.{}',
-      r'stages\.(\d+)\.(\d+)\.',
-      {'dwconv': 'depthwise', 'norm': 'norm', 'pwconv1': 'mlp/expand', 'pwconv2': 'mlp/project'},
-      'norm|head',
-    ),
+    rules=_OFFICIAL_RULES,
     infer=_infer('stages.0.0.gamma', 'head.bias'),
   ),
   'timm': reference.Reference(
@@ -301,5 +312,11 @@ REFERENCES = {
       r'head\.norm|head\.fc',
     ),
     infer=_infer('stages.0.blocks.0.gamma', 'head.fc.bias'),
+  ),
+  'hf': reference.Reference(
+    origin='github.com/huggingface/transformers, models/convnext/modeling_convnext.py',
+    rules=_OFFICIAL_RULES,
+    prepare=_HF_NAMES,
+    infer=_infer('stages.0.0.gamma', 'head.bias'),
   ),
 }

@@ -304,6 +304,35 @@ def _named_by_stage(state: reference.State) -> reference.State:
   return {renamed(key): value for key, value in state.items()}
 
 
+_HF_NAMES = reference.renaming(
+  (r'^levit\.patch_embeddings\.embedding_layer_(\d)', r'stem.conv\1'),
+  (r'\.module\.', '.m.'),
+  (r'\.queries_keys_values\.', '.qkv.'),
+  (r'\.keys_values\.', '.kv.'),
+  (r'\.queries\.', '.q.1.'),
+  (r'\.projection\.', '.proj.1.'),
+  (r'\.linear_up\.', '.0.'),
+  (r'\.linear_down\.', '.2.'),
+  (r'\.batch_norm\.', '.bn.'),
+  (r'\.(?:convolution|linear)\.', '.c.'),
+  (r'^classifier_distill\.', 'head_dist.'),
+  (r'^classifier\.', 'head.'),
+)
+
+
+def _hf_prepare(state: reference.State) -> reference.State:
+  """Gives layers by stage the authors' names, one list of all, and these timm's."""
+  state = _HF_NAMES(state)
+  pattern = re.compile(r'levit\.encoder\.stages\.(\d+)\.layers\.(\d+)\.')
+  places = {(int(m[1]), int(m[2])) for m in map(pattern.match, state) if m}
+  numbers = {place: i for i, place in enumerate(sorted(places))}
+
+  def listed(match: re.Match[str]) -> str:
+    return f'blocks.{numbers[int(match[1]), int(match[2])]}.'
+
+  return _named_by_stage({pattern.sub(listed, key): value for key, value in state.items()})
+
+
 def _table(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """`[heads, distances]`, row by row like ours, to `[heads, h, w]`."""
   return array.reshape(shape) if array.size == math.prod(shape) else array
@@ -360,6 +389,13 @@ REFERENCES = {
   'timm': reference.Reference(
     origin='github.com/huggingface/pytorch-image-models, timm/models/levit.py',
     rules=_rules(),
+    infer=_infer,
+    ignore=BUFFERS,
+  ),
+  'hf': reference.Reference(
+    origin='github.com/huggingface/transformers, models/levit/modeling_levit.py',
+    rules=_rules(),
+    prepare=_hf_prepare,
     infer=_infer,
     ignore=BUFFERS,
   ),

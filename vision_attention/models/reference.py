@@ -113,6 +113,20 @@ def fused(*names: str, heads: int | None = None) -> Kind:
   }
 
 
+def renaming(*pairs: tuple[str, str]) -> Callable[[State], State]:
+  """Returns a `prepare` that replaces patterns in every key, one after the other."""
+
+  def prepare(state: State) -> State:
+    renamed = {}
+    for key, value in state.items():
+      for pattern, replacement in pairs:
+        key = re.sub(pattern, replacement, key)
+      renamed[key] = value
+    return renamed
+
+  return prepare
+
+
 class _Index(int):
   """A captured number; the format `+1` or `+1:02d` adds before it prints."""
 

@@ -306,6 +306,31 @@ def infer(fit: str) -> Callable[[reference.State, Mapping[str, Any]], dict[str, 
   return read
 
 
+_HF_BLOCK = r'^(layers\.\d+\.blocks\.\d+\.)'
+# Files' names, and those of release 5 in memory, to the authors'.
+_HF_NAMES = reference.renaming(
+  (r'^swin\.(?:encoder\.)?', ''),
+  (r'^embeddings\.patch_embeddings\.projection', 'patch_embed.proj'),
+  (r'^embeddings\.norm', 'patch_embed.norm'),
+  (_HF_BLOCK + 'layernorm_before', r'\1norm1'),
+  (_HF_BLOCK + 'layernorm_after', r'\1norm2'),
+  (_HF_BLOCK + r'attention\.output\.dense', r'\1attn.proj'),
+  (_HF_BLOCK + r'attention\.o_proj', r'\1attn.proj'),
+  (_HF_BLOCK + r'attention\.([qkv])_proj', r'\1attn.\2'),
+  (_HF_BLOCK + r'attention\.self\.([qkv])(?:uery|ey|alue)', r'\1attn.\2'),
+  (_HF_BLOCK + r'attention\.(?:self|relative_position_bias)\.', r'\1attn.'),
+  (_HF_BLOCK + r'intermediate\.dense', r'\1mlp.fc1'),
+  (_HF_BLOCK + r'output\.dense', r'\1mlp.fc2'),
+  ('^layernorm', 'norm'),
+  ('^classifier', 'head'),
+)
+_HF_ATTENTION = (
+  *(
+    reference.Rule(BLOCK + rf'attn\.{name[0]}', OURS + f'attn/{name}', reference.DENSE)
+    for name in ('query', 'key', 'value')
+  ),
+  *ATTENTION_RULES[1:],
+)
 # Made anew from the resolution in every model.
 BUFFERS = (r'.*\.relative_position_index', r'.*\.attn_mask')
 REFERENCES = {
@@ -321,6 +346,14 @@ REFERENCES = {
     rules=(*ATTENTION_RULES, *rules(merges_first=True)),
     options={'padding': 'attend_late'},
     infer=infer('axis'),
+    ignore=BUFFERS,
+  ),
+  'hf': reference.Reference(
+    origin='github.com/huggingface/transformers, models/swin/modeling_swin.py',
+    rules=(*_HF_ATTENTION, *rules(merges_first=False)),
+    options={'fit': 'square', 'padding': 'attend'},
+    prepare=_HF_NAMES,
+    infer=infer('square'),
     ignore=BUFFERS,
   ),
 }

@@ -232,6 +232,26 @@ _TIMM_RULES = (
   _rule(_UNIT + r'downsample\.norm', _STEM + 'norm_proj', _NORM),
 )
 
+_HF = r'vit\.(?:encoder\.layer|layers)\.(\d+)\.'
+# Two names of each layer: those of files, and those of release 5 in memory.
+_HF_RULES = (
+  _rule('position', 'backbone/position', reference.param('')),
+  _rule('cls_position', 'backbone/cls_position', reference.param('')),
+  _rule(r'vit\.embeddings\.cls_token', 'backbone/cls', reference.param('')),
+  _rule(r'vit\.embeddings\.patch_embeddings\.projection', 'backbone/embed', _CONV),
+  _rule(_HF + 'layernorm_before', _OURS + 'norm1', _NORM),
+  _rule(_HF + 'layernorm_after', _OURS + 'norm2', _NORM),
+  *(
+    _rule(_HF + rf'attention\.(?:attention\.{name}|{name[0]}_proj)', _OURS + f'attn/{name}', _DENSE)
+    for name in ('query', 'key', 'value')
+  ),
+  _rule(_HF + r'attention\.(?:output\.dense|o_proj)', _OURS + 'attn/proj', _DENSE),
+  _rule(_HF + r'(?:intermediate\.dense|mlp\.fc1)', _OURS + 'mlp/expand', _DENSE),
+  _rule(_HF + r'(?:output\.dense|mlp\.fc2)', _OURS + 'mlp/project', _DENSE),
+  _rule(r'vit\.layernorm', 'backbone/norm', _NORM),
+  _rule('classifier', 'head/classifier', _DENSE),
+)
+
 # No flax file has its last norm behind the pooling.
 _FLAX_INFER = _infer('head/bias', 'cls', 'MAPHead_0/probe', '')
 REFERENCES = {
@@ -253,5 +273,12 @@ REFERENCES = {
     options={'activation': 'gelu_exact', 'std_epsilon_in': 'var', 'stem_norm_epsilon': 1e-5},
     prepare=_timm_prepare,
     infer=_infer('head.bias', 'cls_token', 'attn_pool.latent', 'fc_norm.weight'),
+  ),
+  'hf': reference.Reference(
+    origin='github.com/huggingface/transformers, models/vit/modeling_vit.py',
+    rules=_HF_RULES,
+    options={'activation': 'gelu_exact', 'norm_epsilon': 1e-12},
+    prepare=lambda state: _split_position(state, 'vit.embeddings.position_embeddings', True),
+    infer=_infer('classifier.bias', 'vit.embeddings.cls_token', '', ''),
   ),
 }
