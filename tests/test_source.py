@@ -78,18 +78,40 @@ def test_both_formats_give_the_same_batches_also_after_a_resume(prepared):
   )
 
 
-def test_checksums_are_those_of_the_standard():
-  assert tfrecord.crc32c(b'123456789') == 0xE3069283  # RFC 3720, B.4 and the customary check
-  assert tfrecord.crc32c(bytes(32)) == 0x8A9136AA
-  rng = np.random.default_rng(0)
-  for size in (0, 255, 256, 257, 4096, 70_001):
-    content = rng.bytes(size)
-    crc = 0xFFFFFFFF
-    for byte in content:
-      crc ^= byte
-      for _ in range(8):
-        crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
-    assert tfrecord.crc32c(content) == crc ^ 0xFFFFFFFF, size
+def test_a_record_with_a_changed_byte_is_known_by_its_checksum(file):
+  content = bytearray(file.read_bytes())
+  content[12] ^= 1
+  file.write_bytes(content)
+  read = tfrecord.TfRecords(str(file))
+  with pytest.raises(tfrecord.BrokenRecordError, match=r'x\.tfrecord: the record at byte 0 '):
+    read[0]
+  assert read[2] == b'three' * 100
+
+
+@pytest.mark.parametrize('file_format', records.FORMATS)
+def test_a_broken_record_is_skipped_where_corrupt_ones_are(prepared, file_format, tmp_path):
+  data_dir, files = _copy(prepared, file_format, tmp_path)
+  source._open.cache_clear()
+  image = source.Source('imagenet2012', 'train', str(data_dir))[1].image
+  source._open.cache_clear()
+  content = bytearray(files[0].read_bytes())
+  # What is no marker of a JPEG: the image would be decoded, to another one.
+  content[content.find(image[-400:-300])] ^= 1
+  files[0].write_bytes(content)
+  read = source.Source('imagenet2012', 'train', str(data_dir))
+  with pytest.raises(tfrecord.BrokenRecordError, match='record 1 of'):
+    pipeline.Decoded(read, 'raise')[1]
+  decoded = pipeline.Decoded(read, 'skip')
+  assert decoded[1]['corrupt'] == 1
+  assert decoded[1]['label'] == decoded[2]['label']
+  assert decoded[0]['corrupt'] == 0
+
+
+def test_a_place_that_takes_no_index_is_no_reason_to_stop(file, tmp_path, monkeypatch, caplog):
+  (tmp_path / 'taken').write_text('a file, where a folder is wanted')
+  monkeypatch.setenv(tfrecord.CACHE, str(tmp_path / 'taken'))
+  assert tfrecord.TfRecords(str(file))[0] == b'one'
+  assert 'made anew by every process' in caplog.text
 
 
 @pytest.fixture

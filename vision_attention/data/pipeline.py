@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from vision_attention import errors
-from vision_attention.data import label_maps, preprocessing, source, workers
+from vision_attention.data import label_maps, preprocessing, source, tfrecord, workers
 
 Batch = dict[str, np.ndarray]
 _MAX_SKIPS = 100
@@ -88,7 +88,13 @@ class Decoded:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     for offset in range(_MAX_SKIPS):
-      record = self._records[(index + offset) % len(self)]
+      place = (index + offset) % len(self)
+      try:
+        record = self._records[place]
+      except tfrecord.BrokenRecordError:
+        if not self._skip:
+          raise
+        continue
       try:
         return {
           'image': preprocessing.decode(record.image),
@@ -107,7 +113,7 @@ class Decoded:
             f'record {record.name} is no whole image ({error}): replace it, or set '
             "config.data.on_corrupt='skip' to count such records and take the next one"
           ) from error
-    raise ValueError(f'{_MAX_SKIPS} records from {record.name} on are corrupt: is this the data?')
+    raise ValueError(f'{_MAX_SKIPS} records from {index} on are corrupt: is this the data?')
 
 
 class _Repeated(grain.MapDataset):

@@ -250,8 +250,13 @@ class Source:
       content = _open(path, count, self._is_array_record)[row]
       features = _example_type().FromString(content).features.feature
       image = features['image'].bytes_list.value[0]
-    except (RuntimeError, IndexError, message.DecodeError) as error:
-      raise tfrecord.BrokenDataError(
+    except (
+      RuntimeError,
+      IndexError,
+      message.DecodeError,
+      tfrecord.BrokenRecordError,
+    ) as error:
+      raise tfrecord.BrokenRecordError(
         f'record {row} of {path} cannot be read ({error}): copy the file again, or prepare the '
         'data set again'
       ) from error

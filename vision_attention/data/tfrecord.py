@@ -4,21 +4,22 @@ A record is framed by its length (8 bytes, little-endian), the masked CRC-32C of
 content, and the masked CRC-32C of the content (4).
 """
 
-import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import struct
 import tempfile
 import zlib
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from etils import epath
 
+logger = logging.getLogger('vision_attention')
 CACHE = 'VISION_ATTENTION_CACHE'
-_COLUMNS = 64
 _FRAME = 16
 
 
@@ -26,66 +27,13 @@ class BrokenDataError(ValueError):
   """A file of a data set that is not whole; the message names it and the place in it."""
 
 
-def _table() -> np.ndarray:
-  crc = np.arange(256, dtype=np.uint32)
-  for _ in range(8):
-    crc = np.where(crc & 1, (crc >> 1) ^ np.uint32(0x82F63B78), crc >> 1)  # Castagnoli, reflected
-  return crc.astype(np.uint32)
-
-
-_TABLE = _table()
-
-
-def _apply(tables: np.ndarray, crc: np.ndarray) -> np.ndarray:
-  """Applies a linear map of 32 bits, tabulated by bytes."""
-  return functools.reduce(
-    np.bitwise_xor, (tables[i][(crc >> np.uint32(8 * i)) & np.uint32(255)] for i in range(4))
-  )
-
-
-@functools.cache
-def _zeros(log2: int) -> np.ndarray:
-  """Tabulates what 2^log2 bytes of zero do to a checksum."""
-  if log2 == 0:
-    values = np.arange(256, dtype=np.uint32)[None] << (np.arange(4, dtype=np.uint32)[:, None] * 8)
-    return _TABLE[values & np.uint32(255)] ^ (values >> np.uint32(8))
-  half = _zeros(log2 - 1)
-  return np.stack([_apply(half, row) for row in half])
-
-
-def crc32c(content: bytes) -> int:
-  """Returns the CRC-32C (RFC 3720) of bytes.
-
-  Long ones are cut into rows that NumPy takes a step of at once; their checksums are joined in
-  pairs, for a checksum is linear.
-  """
-  if len(content) < 4 * _COLUMNS:
-    crc, table = 0xFFFFFFFF, _TABLE_LIST
-    for byte in content:
-      crc = table[(crc ^ byte) & 255] ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
-  count = 1 << (-(-len(content) // _COLUMNS) - 1).bit_length()
-  rows = np.zeros(count * _COLUMNS, np.uint8)
-  start = len(rows) - len(content)  # zeros in front change nothing
-  rows[start:] = np.frombuffer(content, np.uint8)
-  rows[start : start + 4] ^= 255  # the initial value
-  steps = np.ascontiguousarray(rows.reshape(count, _COLUMNS).T).astype(np.uint32)
-  crcs = np.zeros(count, np.uint32)
-  for step in steps:
-    crcs = _TABLE[(crcs ^ step) & np.uint32(255)] ^ (crcs >> np.uint32(8))
-  log2 = _COLUMNS.bit_length() - 1
-  while len(crcs) > 1:
-    crcs = _apply(_zeros(log2), crcs[::2]) ^ crcs[1::2]
-    log2 += 1
-  return int(crcs[0]) ^ 0xFFFFFFFF
-
-
-_TABLE_LIST = _TABLE.tolist()
+class BrokenRecordError(BrokenDataError):
+  """A record that is not what was written; others of its file may be."""
 
 
 def masked_crc(content: bytes) -> int:
   """Returns the checksum in the form in which the files hold it."""
-  crc = crc32c(content)
+  crc = google_crc32c.value(content)
   return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -183,12 +131,13 @@ def _load(where: epath.Path, header: dict[str, Any]) -> np.ndarray | None:
 class TfRecords:
   """Random access to one TFRecord file, here or at `gs://...`.
 
-  The index is built once and saved (`index_path`); one of a file of another size or time is made
-  anew. Lengths are held to their checksums when it is built, contents by nothing but what decodes
-  them.
+  The index is built once and saved (`index_path`), where that can be written; one of a file of
+  another size or time is made anew. Lengths are held to their checksums when it is built, contents
+  when they are read.
 
   Raises:
     BrokenDataError: for a corrupt or truncated file or index, with the byte.
+    BrokenRecordError: for one record.
     FileNotFoundError: if the file is not there.
   """
 
@@ -200,7 +149,10 @@ class TfRecords:
     starts = _load(where, header)
     if starts is None:
       starts = _scan(self._path, header['size'])
-      _save(where, header, starts)
+      try:
+        _save(where, header, starts)
+      except OSError as error:
+        logger.warning('the index of %s is made anew by every process: %s', path, error)
     self._starts = starts
 
   def __len__(self) -> int:
@@ -210,7 +162,10 @@ class TfRecords:
     start, end = int(self._starts[index]), int(self._starts[index + 1])
     with self._path.open('rb') as file:
       file.seek(start + 12)
-      content = file.read(end - start - _FRAME)
-    if len(content) < end - start - _FRAME:
+      content = file.read(end - start - 12)
+    if len(content) < end - start - 12:
       raise BrokenDataError(f'{self._path} ends within the record at byte {start}')
+    content, crc = content[:-4], content[-4:]
+    if struct.unpack('<I', crc)[0] != masked_crc(content):
+      raise BrokenRecordError(f'{self._path}: the record at byte {start} has another checksum')
     return content
