@@ -30,6 +30,10 @@ while (($#)); do
       option=${1%%=*}
       printf -v "${option#--}" '%s' "${1#*=}"
       ;;
+    -h | --help)
+      sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p}' "$0"
+      exit
+      ;;
     --spot) spot=1 ;;
     --keep) keep=1 ;;
     --dry_run) dry_run=1 ;;

@@ -176,6 +176,12 @@ def test_names_options_and_sizes_are_refused_with_the_nearest():
     va.create_model('vit_b16', image_size=225)
   with pytest.raises(ValueError, match="source of vit_b16 'tim' is unknown: did you mean 'timm'"):
     va.create_model('vit_b16', source='tim')
+  for size in ('224', 224.0, (224,), (0, 224), True, (224, '224')):
+    with pytest.raises(ValueError, match=r'must be a positive whole number of pixels, or height'):
+      va.create_model('vit_b16', image_size=size)
+  for classes in ('10', -1, 10.0, True):
+    with pytest.raises(ValueError, match=r'num_classes .* must be a whole number'):
+      va.create_model('vit_b16', num_classes=classes)
   with pytest.raises(ValueError, match='head_dim 50 does not divide the width 384'):
     va.create_model('coatnet_0', head_dim=50)
   model, _, shapes = _shapes('coatnet_0')

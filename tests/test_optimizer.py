@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from vision_attention.training import optimizer
+from vision_attention.training import optimizer, sharding
 
 pytestmark = pytest.mark.fast
 
@@ -201,3 +201,14 @@ def test_rmsprop_is_tensorflows_for_steps_of_changing_rate():
       moved = momentum * moved + LR * rate * g / np.sqrt(squares + eps)
       w = w - moved
     np.testing.assert_allclose(pick(params), w, rtol=1e-5)
+
+
+@pytest.mark.fast
+def test_a_sharding_rule_that_finds_nothing_is_refused():
+  mesh = sharding.make_mesh(1, 1)
+  tree = {'params': {'head': {'kernel': jnp.zeros((4, 2))}}}
+  sharding.shardings(tree, mesh, (('head/kernel', (None, 'fsdp')),))
+  with pytest.raises(
+    ValueError, match=r"'classifer/kernel' matches none of 1 arrays, such as .*head"
+  ):
+    sharding.shardings(tree, mesh, (('classifer/kernel', (None, 'fsdp')),))

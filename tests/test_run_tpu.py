@@ -46,6 +46,15 @@ def _kinds(calls):
   return ['main' if 'main.py' in call[-1] else call[3] for call in calls]
 
 
+def test_help_is_what_stands_at_the_top(tmp_path):
+  done, calls = _script(tmp_path, '--help')
+  assert done.returncode == 0
+  assert done.stdout.startswith('Trains on a Cloud TPU slice')
+  assert '--name=pod' in done.stdout
+  assert 'set -euo' not in done.stdout
+  assert not calls
+
+
 def test_a_preempted_slice_is_made_anew_and_the_run_goes_on(tmp_path):
   done, calls = _script(
     tmp_path,

@@ -244,10 +244,15 @@ class _Probe:
     splits = 'train', source.evaluation_split(name, data_dir)
     self._train, self._test = (source.Source(name, split, data_dir) for split in splits)
     labels = [self._train[i].label for i in range(len(self._train))]
-    self._chosen = {
-      shots: [few_shot.choose(labels, shots, seed) for seed in range(_SEEDS)]
-      for shots in config.eval.shots
-    }
+    if min(labels) < 0:
+      raise ValueError(f'config.eval.kshot: {name} has images without a label, nothing to learn by')
+    try:
+      self._chosen = {
+        shots: [few_shot.choose(labels, shots, seed) for seed in range(_SEEDS)]
+        for shots in config.eval.shots
+      }
+    except ValueError as error:
+      raise ValueError(f'config.eval.kshot: {name}: {error}: see config.eval.shots') from error
 
   def __call__(self, variables: Any) -> dict[int, float]:
     """Returns the accuracy in percent, the mean of three draws, by the images per class."""

@@ -6,10 +6,11 @@ import importlib
 import inspect
 import pkgutil
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from vision_attention import errors
@@ -65,6 +66,30 @@ def defaults_of(name: str, source: str | None = None) -> dict[str, Any]:
   return {**plain, **variant.options, **convention}
 
 
+def _whole(value: Any) -> bool:
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _pair(image_size: Any) -> tuple[int, int]:
+  """Returns height and width.
+
+  Raises:
+    ValueError: for anything but one or two positive whole numbers.
+  """
+  size = (image_size,) * 2 if _whole(image_size) else image_size
+  if (
+    not isinstance(size, Sequence)
+    or isinstance(size, str)
+    or len(size) != 2
+    or not all(_whole(side) and side > 0 for side in size)
+  ):
+    raise ValueError(
+      f'image_size {image_size!r} must be a positive whole number of pixels, or height and width: '
+      'such as 224 or (224, 320)'
+    )
+  return int(size[0]), int(size[1])
+
+
 def create_model(
   name: str,
   *,
@@ -104,12 +129,9 @@ def create_model(
     errors.check_choice(f'source of {name}', source, references)
   num_classes = variant.num_classes if num_classes is None else num_classes
   image_size = variant.image_size if image_size is None else image_size
-  size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-  if len(size) != 2 or min(size) < 1 or num_classes < 0:
-    raise ValueError(
-      f'image_size {image_size} must be one or two positive numbers and num_classes {num_classes} '
-      'must not be negative'
-    )
+  size = _pair(image_size)
+  if not _whole(num_classes) or num_classes < 0:
+    raise ValueError(f'num_classes {num_classes!r} must be a whole number, 0 for no last layer')
 
   def build(convention: Mapping[str, Any]) -> base.Parts:
     chosen = {**variant.options, **convention, **options}
