@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import coatnet0
+from configs import coatnet0, levit_128s, vit_s16
 from tests import compilation
-from vision_attention import aot
+from vision_attention import aot, planning
 
 PROGRAM = """
   %a = bf16[4,8]{1,0} all-reduce(%x), replica_groups={}
@@ -71,6 +71,24 @@ def test_the_largest_batch_is_searched_way_by_way(monkeypatch, limits, expected)
   assert (way, report.batch) == expected
   with pytest.raises(aot.DoesNotFitError, match='not even 256 images per device fit'):
     aot.largest(coatnet0.get_config(), 'v4:2x2x2', 256)
+
+
+@pytest.mark.parametrize(
+  'config, small',
+  [(vit_s16.get_config(), {'depth': 1}), (levit_128s.get_config(), {'depths': (1, 1, 1)})],
+  ids=['examples', 'epochs'],
+)
+def test_a_run_of_another_batch_has_as_many_steps(config, small):
+  """A large one would otherwise leave no step after the warm-up."""
+  with config.unlocked():
+    config.model.options.update(small)
+  # Of one device: nothing is computed.
+  expected = planning.prepare(config, with_data=False, devices=jax.devices()[:1])
+  batch = 64 * config.batch_size
+  aot._take_batch(config, batch)
+  plan = planning.prepare(config, with_data=False, devices=jax.devices()[:1])
+  assert plan.config.batch_size == batch
+  assert plan.total == pytest.approx(expected.total, rel=1e-3)
 
 
 @pytest.mark.aot

@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from vision_attention import errors, macs, planning
-from vision_attention.training import objective, sharding, state
+from vision_attention.training import objective, schedule, sharding, state
 
 logger = logging.getLogger('vision_attention')
 _GIB = 2**30
@@ -93,6 +93,15 @@ def devices(topology: str) -> list[Any]:
   )
 
 
+def _take_batch(config: Any, batch_size: int) -> None:
+  """Changes the batch and leaves run and epoch as many steps: a warm-up may need them."""
+  examples = max(config.data.num_train, config.batch_size)
+  total = schedule.steps(config.total, num_examples=examples, batch_size=config.batch_size)
+  config.total = f'{total} steps'
+  config.data.num_train = examples * batch_size // config.batch_size
+  config.batch_size, config.eval.batch_size = batch_size, 0
+
+
 def compile_step(config: Any, topology: str, batch_per_device: int | None = None) -> Report:
   """Compiles the training step of a config.
 
@@ -108,8 +117,7 @@ def compile_step(config: Any, topology: str, batch_per_device: int | None = None
   found = devices(topology)
   config = ml_collections.ConfigDict(config.copy_and_resolve_references())
   if batch_per_device is not None:
-    config.batch_size = batch_per_device * (len(found) // max(config.mesh.tensor, 1))
-    config.eval.batch_size = 0
+    _take_batch(config, batch_per_device * (len(found) // max(config.mesh.tensor, 1)))
   # How often a run writes is no part of its step, nor how long an epoch is: one step, at least.
   config.log_every = config.eval.every = config.checkpoint.every = '1 steps'
   config.data.num_train = max(config.data.num_train, config.batch_size)
