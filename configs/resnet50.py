@@ -12,8 +12,8 @@ Arguments: `variant`; `recipe`, `tpu` (github.com/tensorflow/tpu, models/officia
 Published top-1 of ResNet-50 at 90 epochs: 76.4 (arXiv 1904.09925, Table 2) to 76.9 (arXiv
 1906.05909, Table 1). Of ResNet-RS (its code's README): 50 at 160 pixels 78.8; 101 at 160 and 192
 80.3 and 81.2; 152 at 192, 224 and 256 82.0, 82.2 and 83.0; 200 at 256 83.4; 270 at 256 83.8; 350 at
-256 and 320 84.0 and 84.2; 420 at 320 84.4. The runs have not been repeated here. The reference's
-BatchNorm statistics are those of one TPU core, these are of the whole batch.
+256 and 320 84.0 and 84.2; 420 at 320 84.4. Cost: not published. The runs have not been repeated
+here. The reference's BatchNorm statistics are those of one TPU core, these are of the whole batch.
 """
 
 import ml_collections
