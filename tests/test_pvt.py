@@ -115,10 +115,8 @@ def test_positions_are_resized_by_centres():
 
 def test_what_leads_into_a_stage_goes_with_its_first_block():
   layers = depth.layers('pvt_tiny', abstract.variables('pvt_tiny')['params'])
-  assert layers['backbone/stage1_embed/position'] == 0
-  assert (
-    layers['backbone/stage4_embed/position'] == layers['backbone/stage4/block00/norm1/bias'] == 7
-  )
+  assert layers['backbone/embed1/position'] == 0
+  assert layers['backbone/embed4/position'] == layers['backbone/stage4/block00/norm1/bias'] == 7
   assert layers['backbone/norm/scale'] == layers['head/classifier/kernel'] == 9
 
 
@@ -162,11 +160,11 @@ def test_weights_are_loaded_at_their_own_and_at_another_resolution():
   backbone = variables['params']['backbone']
   np.testing.assert_array_equal(backbone['cls_position'], state['pos_embed2'][0, 0])
   position = state['pos_embed2'][0, 1:].reshape(8, 8, 16)
-  np.testing.assert_array_equal(backbone['stage2_embed']['position'], position)
+  np.testing.assert_array_equal(backbone['embed2']['position'], position)
   model, _ = va.create_model('pvt_tiny', num_classes=5, image_size=64, **TINY)
   assert np.isfinite(model.apply(variables, _images(64, 64))).all()
   larger = va.load_reference('pvt_tiny', state, source='official', image_size=(64, 96), **TINY)
-  resized = larger['params']['backbone']['stage2_embed']['position']
+  resized = larger['params']['backbone']['embed2']['position']
   assert resized.shape == (8, 12, 16)
   np.testing.assert_allclose(resized[:, [0, -1]], position[:, [0, -1]], rtol=1e-5, atol=1e-5)
   model, _ = va.create_model('pvt_tiny', num_classes=5, image_size=(64, 96), **TINY)

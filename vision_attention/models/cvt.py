@@ -69,14 +69,16 @@ class CvT(nn.Module):
   """Per stage a token embedding and blocks; a class token in the last stage.
 
   Features are the last map of every stage and, where there is one, the normed class token `cls`;
-  without one the last map is normed.
+  without one, or with `norm_map`, the last map is normed.
 
   Attributes:
     image_size: height and width that the model was created for.
     embeddings: per stage, its token embedding.
     stages: per stage, its blocks; of the last stage, blocks of tokens if there is a class token.
     class_token: whether there is one.
+    cls_position: whether a learned position of its own is added to the class token.
     norm: after the last block.
+    norm_map: whether the last map is normed beside the class token.
     remat: whether blocks are computed again in the backward pass.
     scan: whether equal blocks are compiled once.
   """
@@ -89,6 +91,8 @@ class CvT(nn.Module):
   remat: bool = False
   scan: bool = False
   dropout: float = 0.0
+  cls_position: bool = False
+  norm_map: bool = False
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -107,17 +111,23 @@ class CvT(nn.Module):
       x = embedding(name=f'embed{i}')(x, train=train)
       shape, with_cls = x.shape, self.class_token and i == last
       if with_cls:
-        cls = self.param('cls', INIT, (shape[-1],), self.param_dtype)
-        cls = jnp.broadcast_to(jnp.asarray(cls).astype(x.dtype), (len(x), 1, shape[-1]))
+        cls = jnp.broadcast_to(self._cls(shape[-1]).astype(x.dtype), (len(x), 1, shape[-1]))
         x = jnp.concatenate([cls, x.reshape(len(x), -1, shape[-1])], 1)
       x = stage.Stage(blocks, self.remat, scan=self.scan, name=f'stage{i}')(drop(x), train=train)
-      if with_cls:
-        features['cls'] = self.norm(name='norm')(x[:, 0], train=train)
-        x = x[:, 1:].reshape(shape)
-      elif i == last:
+      if i == last and (self.norm_map or not with_cls):
         x = self.norm(name='norm')(x, train=train)
+      if with_cls:
+        cls = x[:, 0]
+        features['cls'] = cls if self.norm_map else self.norm(name='norm')(cls, train=train)
+        x = x[:, 1:].reshape(shape)
       features[f'stage{i}'] = x
     return features
+
+  def _cls(self, dim: int) -> Float[Array, 'c']:
+    cls = jnp.asarray(self.param('cls', INIT, (dim,), self.param_dtype))
+    if self.cls_position:
+      cls = cls + jnp.asarray(self.param('cls_position', INIT, (dim,), self.param_dtype))
+    return cls
 
 
 def build(

@@ -17,16 +17,15 @@ from jaxtyping import Array, Float
 
 from vision_attention import errors
 from vision_attention.attention import mhsa, operators, spatial_reduction
-from vision_attention.layers import conv, heads, initializers, mlp, norm, stage
+from vision_attention.layers import conv, heads, initializers, mlp, norm
 from vision_attention.layers import drop_path as stochastic_depth
-from vision_attention.models import base, reference, resnet_blocks, vit
+from vision_attention.models import base, cvt, reference, resnet_blocks, vit
 from vision_attention.ops import position_embedding, reduction
 
 ModuleDef = Callable[..., nn.Module]
-# The authors' truncated distribution is cut a hundred times its spread away.
-INIT = nn.initializers.normal(0.02)
+INIT = cvt.INIT
 POOLS = ('cls', 'gap')
-RESIZE = {r'params/backbone/stage\d+_embed/position': position_embedding.resize_centres}
+RESIZE = {r'params/backbone/embed\d+/position': position_embedding.resize_centres}
 
 
 class Embed(nn.Module):
@@ -60,68 +59,6 @@ class Embed(nn.Module):
     x = self.norm(name='norm')(x, train=train)
     position = self.param('position', INIT, x.shape[1:], self.param_dtype)
     return reduction.add_shared(x, jnp.asarray(position).astype(self.dtype))
-
-
-class PVT(nn.Module):
-  """Stages at a quarter, an eighth, ... of the image's size.
-
-  Features are the map of every stage, the last one normed, and, where there is one, the normed
-  class token `cls`.
-
-  Attributes:
-    image_size: height and width that the positions are made for.
-    embeddings: per stage, its patches.
-    stages: per stage, its blocks; of the last one, blocks of tokens if there is a class token.
-    class_token: whether there is one.
-    norm: after the last block.
-    dropout: of patches with their positions.
-    remat: whether blocks are computed again in the backward pass.
-    scan: whether equal blocks are compiled once.
-  """
-
-  image_size: tuple[int, int]
-  embeddings: Sequence[ModuleDef]
-  stages: Sequence[Sequence[ModuleDef]]
-  class_token: bool
-  norm: ModuleDef
-  dropout: float = 0.0
-  remat: bool = False
-  scan: bool = False
-  dtype: DTypeLike = jnp.float32
-  param_dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, images: Float[Array, 'b h w c'], *, train: bool
-  ) -> dict[str, Float[Array, 'b ...']]:
-    base.check_image_size(images, self.image_size)
-    if not self.class_token and self.has_variable('params', 'cls'):
-      raise ValueError(
-        "the variables have a class token, which this model lacks: create it with pool='cls'"
-      )
-    x, last, features = images.astype(self.dtype), len(self.stages), {}
-    drop = nn.Dropout(self.dropout, deterministic=not train)
-    for i, (embedding, blocks) in enumerate(zip(self.embeddings, self.stages, strict=True), 1):
-      x = embedding(name=f'stage{i}_embed')(x, train=train)
-      shape, with_cls = x.shape, self.class_token and i == last
-      if with_cls:
-        cls = jnp.broadcast_to(self._cls(shape[-1]), (len(x), 1, shape[-1]))
-        x = jnp.concatenate([cls, x.reshape(len(x), -1, shape[-1])], 1)
-      x = stage.Stage(blocks, self.remat, scan=self.scan, name=f'stage{i}')(drop(x), train=train)
-      if i == last:
-        x = self.norm(name='norm')(x, train=train)
-      if with_cls:
-        features['cls'] = x[:, 0]
-        x = x[:, 1:].reshape(shape)
-      features[f'stage{i}'] = x
-    return features
-
-  def _cls(self, dim: int) -> Float[Array, 'c']:
-    """The class token with its own position."""
-    cls, position = (
-      self.param(name, INIT, (dim,), self.param_dtype) for name in ('cls', 'cls_position')
-    )
-    return (jnp.asarray(cls) + jnp.asarray(position)).astype(self.dtype)
 
 
 def build(
@@ -225,7 +162,7 @@ def build(
     )
 
   backbone = functools.partial(
-    PVT,
+    cvt.CvT,
     image_size=image_size,
     embeddings=[
       functools.partial(Embed, dim=dim, patch=2 if i else 4, norm=inner_norm, **types)
@@ -233,7 +170,9 @@ def build(
     ],
     stages=[[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
     class_token=pool == 'cls',
+    cls_position=True,
     norm=layer_norm,
+    norm_map=True,
     dropout=dropout,
     remat=remat,
     scan=scan,
@@ -332,9 +271,9 @@ _TABLE = reference.param('', _gridded)
 _CLS_RULES = (_rule('cls_position', 'backbone/cls_position', reference.param('')),)
 _BLOCK, _OURS = r'block(\d+)\.(\d+)\.', 'backbone/stage{0}/block{1:02d}/'
 _OFFICIAL_RULES = (
-  _rule(r'patch_embed(\d+)\.proj', 'backbone/stage{0}_embed/proj', _CONV),
-  _rule(r'patch_embed(\d+)\.norm', 'backbone/stage{0}_embed/norm', _NORM),
-  _rule(r'pos_embed(\d+)', 'backbone/stage{0}_embed/position', _TABLE),
+  _rule(r'patch_embed(\d+)\.proj', 'backbone/embed{0}/proj', _CONV),
+  _rule(r'patch_embed(\d+)\.norm', 'backbone/embed{0}/norm', _NORM),
+  _rule(r'pos_embed(\d+)', 'backbone/embed{0}/position', _TABLE),
   _rule('cls_token', 'backbone/cls', reference.param('')),
   *_CLS_RULES,
   _rule(_BLOCK + r'norm(\d)', _OURS + 'norm{2}', _NORM),
@@ -353,9 +292,9 @@ _HF_BLOCK, _HF_OURS = r'pvt\.encoder\.block\.(\d+)\.(\d+)\.', 'backbone/stage{0:
 _HF_POSITION = 'pvt.encoder.patch_embeddings.{}.position_embeddings'
 _HF_CLS = 'pvt.encoder.patch_embeddings.3.cls_token'
 _HF_RULES = (
-  _rule(_HF_EMBED + 'projection', 'backbone/stage{0:+1}_embed/proj', _CONV),
-  _rule(_HF_EMBED + 'layer_norm', 'backbone/stage{0:+1}_embed/norm', _NORM),
-  _rule(_HF_EMBED + 'position_embeddings', 'backbone/stage{0:+1}_embed/position', _TABLE),
+  _rule(_HF_EMBED + 'projection', 'backbone/embed{0:+1}/proj', _CONV),
+  _rule(_HF_EMBED + 'layer_norm', 'backbone/embed{0:+1}/norm', _NORM),
+  _rule(_HF_EMBED + 'position_embeddings', 'backbone/embed{0:+1}/position', _TABLE),
   _rule(_HF_EMBED + 'cls_token', 'backbone/cls', reference.param('')),
   *_CLS_RULES,
   _rule(_HF_BLOCK + r'layer_norm_(\d)', _HF_OURS + 'norm{2}', _NORM),
