@@ -38,10 +38,9 @@ def test_multiply_adds_are_those_of_the_paper_and_of_its_code(name, published, c
   assert info.flops == published * 1e9
 
 
-def _drawn(model, size=64):
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-  rng = np.random.default_rng(0)
-  return jax.tree.map(lambda a: (0.3 * rng.standard_normal(a.shape)).astype(np.float32), shapes)
+def _drawn(model):
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+  return abstract.drawn(shapes)
 
 
 def _images(*size, batch=2):
@@ -97,6 +96,7 @@ def test_operators_and_the_class_token():
   [
     ({'image_size': (60, 70)}, r'must be multiples of 8: pass \(64, 72\)'),
     ({'dims': (8, 16, 32)}, 'must have one entry per stage'),
+    ({'num_heads': (1, 3)}, 'do not divide the widths'),
     ({'pool': 'cl'}, "did you mean 'cls'"),
   ],
 )

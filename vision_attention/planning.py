@@ -150,6 +150,7 @@ def prepare(config: Any, *, with_data: bool = True, devices: Sequence[Any] | Non
     return state.create(fresh, tx, averaged=config.ema.decay > 0), state.new_window()
 
   shapes = jax.eval_shape(init)
+  sharding.check_rules(shapes[0], config.sharding_rules)
   places = (
     sharding.shardings(shapes[0], mesh, config.sharding_rules),
     sharding.shardings(shapes[1], mesh),

@@ -18,7 +18,7 @@ from vision_attention.data import preprocessing, records
 VERSION = '1.0.0'
 _IDX_FILES = {'train': ('train', 'train'), 'test': ('t10k', 'test')}
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
-# What TFDS does not read, and is encoded anew without loss.
+# What TFDS's images are not stored as: encoded anew without loss.
 _OTHER_SUFFIXES = ('.bmp', '.gif', '.tif', '.tiff', '.webp')
 
 

@@ -7,127 +7,22 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
 
 from vision_attention import errors
 from vision_attention.attention import convolutional_projection, operators
-from vision_attention.layers import conv, drop_path, heads, initializers, mlp, norm, stage
-from vision_attention.models import base, reference, resnet_blocks, vit
+from vision_attention.layers import drop_path, norm
+from vision_attention.models import base, reference, resnet_blocks, token_hierarchy
 
 ModuleDef = Callable[..., nn.Module]
-# The authors' truncated distribution is cut a hundred times its spread away.
-INIT = nn.initializers.normal(0.02)
 POOLS = ('cls', 'gap')
-
-
-class TokenEmbedding(nn.Module):
-  """Convolutional token embedding: an overlapping convolution of a map, and a norm (section 3.1).
-
-  Attributes:
-    dim: output channels.
-    patch: side of the kernel.
-    stride: of the convolution.
-    pad: zeros on every side.
-  """
-
-  dim: int
-  patch: int
-  stride: int
-  pad: int
-  norm: ModuleDef
-  dtype: DTypeLike = jnp.float32
-  param_dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
-    sides = (self.pad, self.pad)
-    x = conv.Conv(
-      self.dim,
-      self.patch,
-      self.stride,
-      padding='valid',
-      use_bias=True,
-      kernel_init=initializers.TORCH_KERNEL,
-      bias_init=initializers.torch_bias(self.patch**2 * x.shape[-1]),
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name='conv',
-    )(jnp.pad(x, ((0, 0), sides, sides, (0, 0))))
-    return self.norm(name='norm')(x, train=train)
 
 
 def embedded_size(size: Sequence[int], patch: int, stride: int, pad: int) -> tuple[int, int]:
   """Returns height and width of what a token embedding makes of a map."""
   height, width = ((side + 2 * pad - patch) // stride + 1 for side in size)
   return height, width
-
-
-class CvT(nn.Module):
-  """Per stage a token embedding and blocks; a class token in the last stage.
-
-  Features are the last map of every stage and, where there is one, the normed class token `cls`;
-  without one, or with `norm_map`, the last map is normed.
-
-  Attributes:
-    image_size: height and width that the model was created for.
-    embeddings: per stage, its token embedding.
-    stages: per stage, its blocks; of the last stage, blocks of tokens if there is a class token.
-    class_token: whether there is one.
-    cls_position: whether a learned position of its own is added to the class token.
-    norm: after the last block.
-    norm_map: whether the last map is normed beside the class token.
-    remat: whether blocks are computed again in the backward pass.
-    scan: whether equal blocks are compiled once.
-  """
-
-  image_size: tuple[int, int]
-  embeddings: Sequence[ModuleDef]
-  stages: Sequence[Sequence[ModuleDef]]
-  class_token: bool
-  norm: ModuleDef
-  remat: bool = False
-  scan: bool = False
-  dropout: float = 0.0
-  cls_position: bool = False
-  norm_map: bool = False
-  dtype: DTypeLike = jnp.float32
-  param_dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, images: Float[Array, 'b h w c'], *, train: bool
-  ) -> dict[str, Float[Array, 'b ...']]:
-    base.check_image_size(images, self.image_size)
-    if not self.class_token and self.has_variable('params', 'cls'):
-      raise ValueError(
-        "the variables have a class token, which this model lacks: create it with pool='cls'"
-      )
-    x, last, features = images.astype(self.dtype), len(self.stages), {}
-    drop = nn.Dropout(self.dropout, deterministic=not train)
-    for i, (embedding, blocks) in enumerate(zip(self.embeddings, self.stages, strict=True), 1):
-      x = embedding(name=f'embed{i}')(x, train=train)
-      shape, with_cls = x.shape, self.class_token and i == last
-      if with_cls:
-        cls = jnp.broadcast_to(self._cls(shape[-1]).astype(x.dtype), (len(x), 1, shape[-1]))
-        x = jnp.concatenate([cls, x.reshape(len(x), -1, shape[-1])], 1)
-      x = stage.Stage(blocks, self.remat, scan=self.scan, name=f'stage{i}')(drop(x), train=train)
-      if i == last and (self.norm_map or not with_cls):
-        x = self.norm(name='norm')(x, train=train)
-      if with_cls:
-        cls = x[:, 0]
-        features['cls'] = cls if self.norm_map else self.norm(name='norm')(cls, train=train)
-        x = x[:, 1:].reshape(shape)
-      features[f'stage{i}'] = x
-    return features
-
-  def _cls(self, dim: int) -> Float[Array, 'c']:
-    cls = jnp.asarray(self.param('cls', INIT, (dim,), self.param_dtype))
-    if self.cls_position:
-      cls = cls + jnp.asarray(self.param('cls_position', INIT, (dim,), self.param_dtype))
-    return cls
 
 
 def build(
@@ -197,12 +92,7 @@ def build(
     'paddings': paddings,
     'kv_strides': kv_strides,
   }
-  lengths = {key: len(value) for key, value in per_stage.items()}
-  if len(set(lengths.values())) > 1:
-    raise ValueError(f'all of {lengths} must have one entry per stage')
-  for dim, count in zip(dims, num_heads, strict=True):
-    if dim % count:
-      raise ValueError(f'num_heads {num_heads} do not divide the widths {dims}: pass divisors')
+  token_hierarchy.check_stages(**per_stage)
   size = image_size
   for embedding in zip(patches, strides, paddings, strict=True):
     size = embedded_size(size, *embedding)
@@ -219,65 +109,41 @@ def build(
 
   def operator(i: int, j: int) -> ModuleDef:
     made = operators.bind(
-      operators.operator(per_block[i][j]), kernel_init=INIT, dropout=dropout, **types
+      operators.operator(per_block[i][j]),
+      kernel_init=token_hierarchy.INIT,
+      dropout=dropout,
+      **types,
     )
     made = operators.bind(made, kv_stride=kv_strides[i])
     if pool == 'cls' and i == len(depths) - 1:
-      if operators.takes(made, 'map_size'):
-        return operators.bind(made, map_size=size)
-      if operators.trait(made, 'needs_map', False):
-        raise ValueError(
-          f'{made} works on a map [b, h, w, c], and the class token of the last stage has no place '
-          "in one: pass pool='gap'"
-        )
+      made = token_hierarchy.for_tokens(made, size)
     return made
 
-  def block(i: int, j: int) -> ModuleDef:
-    return functools.partial(
-      vit.EncoderBlock,
-      dim=dims[i],
-      num_heads=num_heads[i],
-      attn=operator(i, j),
-      mlp=functools.partial(
-        mlp.Mlp,
-        hidden_dim=int(dims[i] * mlp_ratio),
-        activation=activation,
-        dropout=dropout,
-        kernel_init=INIT,
-        **types,
-      ),
-      norm=layer_norm,
-      drop_path=rates[i][j],
-    )
-
-  backbone = functools.partial(
-    CvT,
+  return token_hierarchy.assemble(
+    num_classes=num_classes,
     image_size=image_size,
     embeddings=[
-      functools.partial(TokenEmbedding, *fields, norm=layer_norm, **types)
+      functools.partial(token_hierarchy.TokenEmbedding, *fields, norm=layer_norm, **types)
       for fields in zip(dims, patches, strides, paddings, strict=True)
     ],
-    stages=[[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
-    class_token=pool == 'cls',
-    norm=functools.partial(
+    attn=[[operator(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
+    dims=dims,
+    num_heads=num_heads,
+    mlp_ratios=[mlp_ratio] * len(dims),
+    activation=activation,
+    rates=rates,
+    norm=layer_norm,
+    last_norm=functools.partial(
       norm.LayerNorm,
       epsilon=norm_epsilon if last_norm_epsilon is None else last_norm_epsilon,
       **types,
     ),
+    class_token=pool == 'cls',
+    dropout=dropout,
+    types=types,
     remat=remat,
     scan=scan,
-    dropout=dropout,
-    **types,
   )
-  head = functools.partial(
-    heads.LinearHead,
-    num_classes=num_classes,
-    feature='cls' if pool == 'cls' else f'stage{len(depths)}',
-    pool='none' if pool == 'cls' else 'gap',
-    kernel_init=INIT,
-    **types,
-  )
-  return base.Parts(backbone, head)
 
 
 def drop_path_rates(rate: float | Sequence[float], depths: Sequence[int]) -> list[list[float]]:

@@ -9,56 +9,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
 
 from vision_attention import errors
 from vision_attention.attention import mhsa, operators, spatial_reduction
-from vision_attention.layers import conv, heads, initializers, mlp, norm
 from vision_attention.layers import drop_path as stochastic_depth
-from vision_attention.models import base, cvt, reference, resnet_blocks, vit
-from vision_attention.ops import position_embedding, reduction
+from vision_attention.layers import norm
+from vision_attention.models import base, reference, resnet_blocks, token_hierarchy
+from vision_attention.ops import position_embedding
 
 ModuleDef = Callable[..., nn.Module]
-INIT = cvt.INIT
 POOLS = ('cls', 'gap')
 RESIZE = {r'params/backbone/embed\d+/position': position_embedding.resize_centres}
-
-
-class Embed(nn.Module):
-  """Patches to vectors, a norm, and a learned vector per position (section 3.2).
-
-  Attributes:
-    dim: output channels.
-    patch: side of the patches.
-  """
-
-  dim: int
-  patch: int
-  norm: ModuleDef
-  dtype: DTypeLike = jnp.float32
-  param_dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b p q d']:
-    x = conv.Conv(
-      self.dim,
-      self.patch,
-      self.patch,
-      padding='valid',
-      use_bias=True,
-      kernel_init=initializers.TORCH_KERNEL,
-      bias_init=initializers.torch_bias(self.patch**2 * x.shape[-1]),
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name='proj',
-    )(x)
-    x = self.norm(name='norm')(x, train=train)
-    position = self.param('position', INIT, x.shape[1:], self.param_dtype)
-    return reduction.add_shared(x, jnp.asarray(position).astype(self.dtype))
 
 
 def build(
@@ -117,9 +81,7 @@ def build(
     'mlp_ratios': mlp_ratios,
     'reductions': reductions,
   }
-  lengths = {key: len(value) for key, value in per_stage.items()}
-  if len(set(lengths.values())) > 1:
-    raise ValueError(f'all of {lengths} must have one entry per stage')
+  token_hierarchy.check_stages(**per_stage)
   step = 2 ** (len(depths) + 1)
   if any(side % step for side in image_size):
     nearest = tuple(max(step, round(side / step) * step) for side in image_size)
@@ -128,77 +90,55 @@ def build(
   layer_norm = functools.partial(norm.LayerNorm, epsilon=norm_epsilon, **types)
   inner_norm = functools.partial(norm.LayerNorm, epsilon=inner_epsilon, **types)
   per_block: Any = attn if resnet_blocks.is_nested(attn) else [[attn] * depth for depth in depths]
-  rates = stochastic_depth.linear_rates(drop_path, depths)
+  patches = (4,) + (2,) * (len(dims) - 1)
 
   def operator(i: int, j: int) -> ModuleDef:
     made = operators.operator(per_block[i][j])
     if pool == 'cls' and i == len(depths) - 1:
-      made = _of_tokens(made, reductions[i])
+      if made is spatial_reduction.SpatialReductionAttention and reductions[i] == 1:
+        made = mhsa.MultiHeadAttention  # the same, and of tokens too
+      made = token_hierarchy.for_tokens(made, (image_size[0] // step, image_size[1] // step))
     return operators.bind(
       made,
       reduction=reductions[i],
       norm_epsilon=inner_epsilon,
-      kernel_init=INIT,
+      kernel_init=token_hierarchy.INIT,
       dropout=dropout,
       **types,
     )
 
-  def block(i: int, j: int) -> ModuleDef:
-    return functools.partial(
-      vit.EncoderBlock,
-      dim=dims[i],
-      num_heads=num_heads[i],
-      attn=operator(i, j),
-      mlp=functools.partial(
-        mlp.Mlp,
-        hidden_dim=int(dims[i] * mlp_ratios[i]),
-        activation='gelu_exact',
-        dropout=dropout,
-        kernel_init=INIT,
-        **types,
-      ),
-      norm=layer_norm,
-      drop_path=rates[i][j],
-    )
-
-  backbone = functools.partial(
-    cvt.CvT,
+  return token_hierarchy.assemble(
+    num_classes=num_classes,
     image_size=image_size,
     embeddings=[
-      functools.partial(Embed, dim=dim, patch=2 if i else 4, norm=inner_norm, **types)
-      for i, dim in enumerate(dims)
+      functools.partial(
+        token_hierarchy.TokenEmbedding,
+        dim,
+        patch,
+        patch,
+        0,
+        norm=inner_norm,
+        position=True,
+        **types,
+      )
+      for dim, patch in zip(dims, patches, strict=True)
     ],
-    stages=[[block(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
-    class_token=pool == 'cls',
-    cls_position=True,
+    attn=[[operator(i, j) for j in range(depth)] for i, depth in enumerate(depths)],
+    dims=dims,
+    num_heads=num_heads,
+    mlp_ratios=mlp_ratios,
+    activation='gelu_exact',
+    rates=drop_path_rates(drop_path, depths),
     norm=layer_norm,
-    norm_map=True,
+    last_norm=layer_norm,
+    class_token=pool == 'cls',
     dropout=dropout,
+    types=types,
+    cls_position=True,
+    norm_map=True,
     remat=remat,
     scan=scan,
-    **types,
   )
-  head = functools.partial(
-    heads.LinearHead,
-    num_classes=num_classes,
-    feature='cls' if pool == 'cls' else f'stage{len(depths)}',
-    pool='none' if pool == 'cls' else 'gap',
-    kernel_init=INIT,
-    **types,
-  )
-  return base.Parts(backbone, head)
-
-
-def _of_tokens(made: ModuleDef, reduced: int) -> ModuleDef:
-  """Returns the operator for a list of tokens: without reduction, attention needs no map."""
-  if made is spatial_reduction.SpatialReductionAttention and reduced == 1:
-    return mhsa.MultiHeadAttention
-  if operators.trait(made, 'needs_map', False):
-    raise ValueError(
-      f'{made} works on a map [b, h, w, c], and the class token of the last stage has no place in '
-      "one: pass pool='gap'"
-    )
-  return made
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
@@ -271,7 +211,7 @@ _TABLE = reference.param('', _gridded)
 _CLS_RULES = (_rule('cls_position', 'backbone/cls_position', reference.param('')),)
 _BLOCK, _OURS = r'block(\d+)\.(\d+)\.', 'backbone/stage{0}/block{1:02d}/'
 _OFFICIAL_RULES = (
-  _rule(r'patch_embed(\d+)\.proj', 'backbone/embed{0}/proj', _CONV),
+  _rule(r'patch_embed(\d+)\.proj', 'backbone/embed{0}/conv', _CONV),
   _rule(r'patch_embed(\d+)\.norm', 'backbone/embed{0}/norm', _NORM),
   _rule(r'pos_embed(\d+)', 'backbone/embed{0}/position', _TABLE),
   _rule('cls_token', 'backbone/cls', reference.param('')),
@@ -292,7 +232,7 @@ _HF_BLOCK, _HF_OURS = r'pvt\.encoder\.block\.(\d+)\.(\d+)\.', 'backbone/stage{0:
 _HF_POSITION = 'pvt.encoder.patch_embeddings.{}.position_embeddings'
 _HF_CLS = 'pvt.encoder.patch_embeddings.3.cls_token'
 _HF_RULES = (
-  _rule(_HF_EMBED + 'projection', 'backbone/embed{0:+1}/proj', _CONV),
+  _rule(_HF_EMBED + 'projection', 'backbone/embed{0:+1}/conv', _CONV),
   _rule(_HF_EMBED + 'layer_norm', 'backbone/embed{0:+1}/norm', _NORM),
   _rule(_HF_EMBED + 'position_embeddings', 'backbone/embed{0:+1}/position', _TABLE),
   _rule(_HF_EMBED + 'cls_token', 'backbone/cls', reference.param('')),

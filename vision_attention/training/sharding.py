@@ -300,22 +300,23 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence = ()) -> Any:
   The first rule (pattern, axes) whose pattern is found in the array's path decides; otherwise
   `tensor` splits what TENSOR_RULES say, and `fsdp` the widest other axis that it divides.
   Moments and averages lie like their parameters.
-
-  Raises:
-    ValueError: for a rule that finds no array, or that does not fit one that it finds.
   """
-  paths = [optimizer.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-  for pattern, _ in rules:
-    if not any(re.search(pattern, path) for path in paths):
-      raise ValueError(
-        f'config.sharding_rules {pattern!r} matches none of {len(paths)} arrays, such as {paths[0]}'
-      )
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: NamedSharding(
       mesh, _spec(optimizer.path_of(path), tuple(leaf.shape), mesh, rules)
     ),
     tree,
   )
+
+
+def check_rules(tree: Any, rules: Sequence) -> None:
+  """Raises ValueError for a rule whose pattern is in no path of a whole state."""
+  paths = [optimizer.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  for pattern, _ in rules:
+    if not any(re.search(pattern, path) for path in paths):
+      raise ValueError(
+        f'config.sharding_rules {pattern!r} matches none of {len(paths)} arrays, such as {paths[0]}'
+      )
 
 
 def bytes_per_device(tree: Any, placed: Any) -> int:
